@@ -1,0 +1,17 @@
+"""The engine: documents in, trained model out. See `hotloop --help`.
+"""
+
+if __name__ == "hotloop.engine":
+    __all__: list[str] = []
+else:
+    # The repository root is on sys.path, so that this folder answers to the bare name `engine`, which `transformers` and
+    # others probe for as a package of that name. Raising here would break their import; importing anything would
+    # register every operator twice.
+    __version__ = "0"
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(
+            f"{name!r} was looked up in the folder {__file__!r} imported as {__name__!r}; "
+            "this package is imported as hotloop.engine (run `pip install -e .` and start Python outside the repository "
+            "root, or with -P)"
+        )

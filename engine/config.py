@@ -1,0 +1,334 @@
+"""What a run is: one frozen dataclass per concern, one TOML file per recipe.
+
+A recipe is resolved once (file, then `--set section.field=value`), checked, and saved with the run. Fields marked
+`execution` say how a run is carried out (micro-batch, threads, logging), not what it computes up to rounding: they may
+differ when a run is resumed. All other fields are the run's identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: names the field, what was given and what is allowed."""
+
+
+def _execution(default: Any) -> Any:
+    return field(default=default, metadata={"execution": True})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """Folder that `hotloop prepare` wrote."""
+    context: int | None = None
+    """Tokens per packed sequence; none: the model's context."""
+    workers: int = _execution(1)
+    """Threads that assemble batches ahead of the step; 0 assembles them in the loop."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    context: int = 1024
+    """Longest sequence in tokens."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary; none: the tokenizer's. Stored padded to a multiple of 64; padding never wins."""
+    n_layers: int = 6
+    d_model: int = 384
+    n_heads: int = 6
+    n_kv_heads: int | None = None
+    """Heads of k and v (grouped-query attention); none: n_heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward layer; none: 4 d_model for gelu, 8/3 d_model rounded up to 64 for swiglu."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10_000.0
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    bias: bool = False
+    """Biases in linear layers and layer norms."""
+    tied_head: bool = True
+    """One matrix embeds tokens and projects to the vocabulary."""
+    causal: bool = True
+    dropout: float = 0.0
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 n_layers)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    decay_embeddings: bool = False
+    max_grad_norm: float | None = 1.0
+    """Global gradient norm is clipped to this; none: no clipping."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "trapezoid", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_fraction: float = 0.4
+    """Share of the steps in which a trapezoid falls; cosine and linear fall from the end of the warm-up."""
+    final_lr_ratio: float = 0.0
+    """Learning rate at the last step over the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    global_batch: int = 32
+    """Packed sequences per optimizer step, over all ranks and accumulation."""
+    micro_batch: int = _execution(8)
+    """Packed sequences per forward pass of one rank."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "bf16_stochastic"] = "auto"
+    """bf16: parameters in bf16 with an fp32 master copy; bf16_stochastic: stochastic rounding instead of the master;
+    auto: bf16 where the device multiplies it natively, else fp32."""
+    compile: bool = False
+    """torch.compile the forward and backward pass (needs torch 2.13)."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the rest again in the backward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = _execution(None)
+    """CPU threads; none: torch's own choice."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = _execution(200)
+    """Steps between evaluations on held-out documents; 0: never."""
+    max_tokens: int = _execution(65_536)
+    """Held-out tokens of an evaluation during the run."""
+    patience: int | None = None
+    """Stop after this many evaluations without improvement; none: never."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = _execution(200)
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: int = _execution(2)
+    keep_best: int = _execution(1)
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    outlier_z: float | None = 8.0
+    """Skip a step whose loss is this many standard deviations above its recent mean; none: never."""
+    window: int = 128
+    """Steps of the recent mean."""
+    skip_budget: int = 5
+    """Skipped steps, non-finite or outliers, among the last `budget_window`; beyond it the run rewinds to the last good
+    checkpoint and goes on with the data after the range."""
+    budget_window: int = 50
+    max_rewinds: int = 3
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = _execution(10)
+    """Steps between lines of progress; metrics of every step are in metrics.jsonl."""
+    tensorboard: bool = _execution(True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    objective: Literal["causal"] = "causal"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardConfig = GuardConfig()
+    log: LogConfig = LogConfig()
+
+
+def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.field=value` overrides (values as in TOML; bare words are strings).
+
+    Raises RecipeError with the field, what was given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(values, override)
+    recipe = from_dict(Recipe, values, where=f"recipe {path}")
+    check(recipe)
+    return recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Constraints that one field alone does not show. Raises RecipeError."""
+    m, t, g = recipe.model, recipe.train, recipe.guards
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise RecipeError(message)
+
+    positive = {
+        "model.context": m.context, "model.n_layers": m.n_layers, "model.d_model": m.d_model,
+        "model.n_heads": m.n_heads, "model.n_kv_heads": m.n_kv_heads, "model.d_ff": m.d_ff,
+        "model.vocab_size": m.vocab_size, "data.context": recipe.data.context, "train.steps": t.steps,
+        "train.global_batch": t.global_batch, "train.micro_batch": t.micro_batch, "train.threads": t.threads,
+        "optimizer.max_grad_norm": recipe.optimizer.max_grad_norm, "evaluation.patience": recipe.evaluation.patience,
+        "evaluation.max_tokens": recipe.evaluation.max_tokens, "checkpoint.every": recipe.checkpoint.every,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last, "log.every": recipe.log.every, "guards.window": g.window,
+        "guards.budget_window": g.budget_window, "guards.outlier_z": g.outlier_z,
+    }  # fmt: skip
+    for name, value in positive.items():
+        require(value is None or value > 0, f"{name} = {value}: must be greater than 0")
+    not_negative = {
+        "data.workers": recipe.data.workers, "optimizer.lr": recipe.optimizer.lr, "optimizer.eps": recipe.optimizer.eps,
+        "optimizer.weight_decay": recipe.optimizer.weight_decay, "schedule.warmup_steps": recipe.schedule.warmup_steps,
+        "evaluation.every": recipe.evaluation.every, "checkpoint.keep_best": recipe.checkpoint.keep_best,
+        "guards.skip_budget": g.skip_budget, "guards.max_rewinds": g.max_rewinds, "model.init_std": m.init_std,
+    }  # fmt: skip
+    for name, value in not_negative.items():
+        require(value >= 0, f"{name} = {value}: must not be negative")
+    for name, value in {"optimizer.beta1": recipe.optimizer.beta1, "optimizer.beta2": recipe.optimizer.beta2,
+                        "model.dropout": m.dropout}.items():  # fmt: skip
+        require(0 <= value < 1, f"{name} = {value}: must be at least 0 and below 1")
+    for name, value in {"schedule.decay_fraction": recipe.schedule.decay_fraction,
+                        "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio}.items():  # fmt: skip
+        require(0 <= value <= 1, f"{name} = {value}: must be between 0 and 1")
+    require(
+        m.d_model % m.n_heads == 0,
+        f"model.d_model = {m.d_model}: must be a multiple of model.n_heads = {m.n_heads}",
+    )
+    require(
+        (m.d_model // m.n_heads) % 8 == 0,
+        f"model.d_model / model.n_heads = {m.d_model // m.n_heads}: the head dimension must be a multiple of 8",
+    )
+    require(
+        m.n_heads % (m.n_kv_heads or m.n_heads) == 0,
+        f"model.n_kv_heads = {m.n_kv_heads}: must divide model.n_heads = {m.n_heads}",
+    )
+    require(
+        recipe.data.context is None or recipe.data.context <= m.context,
+        f"data.context = {recipe.data.context}: longer than the model's (model.context = {m.context})",
+    )
+    require(
+        t.global_batch % t.micro_batch == 0,
+        f"train.global_batch = {t.global_batch}: must be a multiple of train.micro_batch = {t.micro_batch}",
+    )
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a (nested) dataclass from a dictionary, checking names and types. Raises RecipeError."""
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    arguments = {}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(f"{where}: unknown field {name!r}{hint} (allowed: {', '.join(known)})")
+        arguments[name] = _convert(hints[name], value, f"{where}: {name}")
+    return cls(**arguments)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested dictionary that `from_dict` reads; unset (None) fields are left out, as TOML has no null."""
+    return {
+        f.name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for f in fields(config)
+        if (value := getattr(config, f.name)) is not None
+    }
+
+
+def to_toml(config: Any) -> str:
+    return tomli_w.dumps(to_dict(config))
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """Like `to_dict`, without the fields that say only how the run is carried out."""
+    return {
+        f.name: identity(value) if dataclasses.is_dataclass(value) else value
+        for f in fields(config)
+        if not f.metadata.get("execution") and (value := getattr(config, f.name)) is not None
+    }
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """`section.field: a -> b` for every field in which two dictionaries of `to_dict` or `identity` differ."""
+    lines = []
+    for name in dict.fromkeys([*a, *b]):
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) or isinstance(right, dict):
+            lines += differences(left or {}, right or {}, f"{prefix}{name}.")
+        elif left != right:
+            lines.append(f"{prefix}{name}: {left!r} -> {right!r}")
+    return lines
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} = {value!r}: expected a section")
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value == "none":
+            return None
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return _convert(options[0], value, where)
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            raise RecipeError(f"{where} = {value!r}: expected one of {', '.join(map(repr, allowed))}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
+        raise RecipeError(f"{where} = {value!r}: expected {expected}")
+    return value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {override}: expected section.field=value, e.g. --set train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, name = path.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override}: {section!r} is not a section")
+    values[name] = value

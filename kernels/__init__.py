@@ -1,0 +1,25 @@
+"""Hand-written training kernels, one folder per op: `from hotloop.kernels.attention import attention`.
+
+| folder          | public functions                                                                           |
+|-----------------|--------------------------------------------------------------------------------------------|
+| `cross_entropy` | `cross_entropy`, `linear_cross_entropy`, `linear_cross_entropy_stats`, `LinearCrossEntropy` |
+| `attention`     | `attention`, `attention_varlen` and both `_with_lse`                                       |
+| `optimizers`    | `AdamW`                                                                                    |
+
+`hotloop.kernels.dispatch` chooses the backend of each call and explains the choice.
+"""
+
+if __name__ == "hotloop.kernels":
+    __all__: list[str] = []
+else:
+    # The repository root is on sys.path, so that this folder answers to the bare name `kernels`, which `transformers` and
+    # others probe for as a package of that name. Raising here would break their import; importing anything would
+    # register every operator twice.
+    __version__ = "0"
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(
+            f"{name!r} was looked up in the folder {__file__!r} imported as {__name__!r}; "
+            "this package is imported as hotloop.kernels (run `pip install -e .` and start Python outside the repository "
+            "root, or with -P)"
+        )
