@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import tomli_w
 
+from hotloop.engine.errors import UserError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -26,7 +28,7 @@ else:
 T = TypeVar("T")
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be run: names the field, what was given and what is allowed."""
 
 
@@ -120,8 +122,8 @@ class TrainConfig:
 class EvaluationConfig:
     every: int = _execution(200)
     """Steps between evaluations on held-out documents; 0: never."""
-    max_tokens: int = _execution(65_536)
-    """Held-out tokens of an evaluation during the run."""
+    max_bytes: int = _execution(65_536)
+    """Held-out text of an evaluation during the run: whole documents, drawn once by the seed."""
     patience: int | None = None
     """Stop after this many evaluations without improvement; none: never."""
 
@@ -175,20 +177,22 @@ def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recip
 
     Raises RecipeError with the field, what was given and what is allowed.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
+    values = load_toml(path)
     for override in overrides:
         _apply_override(values, override)
     recipe = from_dict(Recipe, values, where=f"recipe {path}")
     check(recipe)
     return recipe
+
+
+def load_toml(path: Path | str) -> dict[str, Any]:
+    """Raises RecipeError for a file that cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
 
 
 def check(recipe: Recipe) -> None:
@@ -205,7 +209,7 @@ def check(recipe: Recipe) -> None:
         "model.vocab_size": m.vocab_size, "data.context": recipe.data.context, "train.steps": t.steps,
         "train.global_batch": t.global_batch, "train.micro_batch": t.micro_batch, "train.threads": t.threads,
         "optimizer.max_grad_norm": recipe.optimizer.max_grad_norm, "evaluation.patience": recipe.evaluation.patience,
-        "evaluation.max_tokens": recipe.evaluation.max_tokens, "checkpoint.every": recipe.checkpoint.every,
+        "evaluation.max_bytes": recipe.evaluation.max_bytes, "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep_last": recipe.checkpoint.keep_last, "log.every": recipe.log.every, "guards.window": g.window,
         "guards.budget_window": g.budget_window, "guards.outlier_z": g.outlier_z,
     }  # fmt: skip

@@ -32,9 +32,9 @@ def assert_no_worse(
 
     `ulps` is for tensors so small that the comparison would be of two rounding errors' luck. `dim` compares slice by
     slice along the remaining dimensions (rows whose magnitudes differ by orders); None compares the whole tensor.
-    NaN and infinities must be where the fp64 result has them, with the same sign. Where only PyTorch's same-dtype result
-    is not finite (an overflow of the dtype), any value passes. Shapes and the dtypes of `actual` and
-    `same_dtype_reference` must be equal.
+    NaN and infinities must be where the fp64 result has them, with the same sign. Where only PyTorch's result in that
+    dtype is not finite (an overflow), any value passes. Shapes, and the dtypes of `actual` and
+    `same_dtype_reference`, must be equal.
     """
     assert actual.shape == fp64_reference.shape == same_dtype_reference.shape, (
         f"{name}: shape {tuple(actual.shape)}, PyTorch's {tuple(same_dtype_reference.shape)}, "

@@ -1,0 +1,60 @@
+"""Text from a model: one token at a time, with a cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hotloop.engine.model import KeyValueCache, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.8
+    """0 takes the most likely token."""
+    top_k: int | None = None
+    """Only the k most likely tokens."""
+    top_p: float | None = None
+    """Only the most likely tokens that together have at least this probability (Holtzman et al., arXiv:1904.09751)."""
+    max_tokens: int = 200
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompt: list[int], sampling: Sampling, end_id: int) -> Iterator[int]:
+    """Yield tokens after `prompt` (which starts with end_id, as every document did) until end_id or max_tokens.
+
+    Beyond the model's context the oldest half is forgotten and the rest read again.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    context = model.config.context
+    tokens = list(prompt)
+    cache, unread = KeyValueCache(), tokens[-context:]
+    for _ in range(sampling.max_tokens):
+        if cache.length + len(unread) > context:
+            cache, unread = KeyValueCache(), tokens[-(context // 2) :]
+        logits = model.logits(torch.tensor([unread], device=device), cache=cache)[0, -1].float()
+        token = int(sample(logits, sampling, generator))
+        if token == end_id:
+            return
+        yield token
+        tokens.append(token)
+        unread = [token]
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:  # (V,) fp32 -> ()
+    if sampling.temperature == 0:
+        return logits.argmax()
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    probabilities = logits.softmax(-1)
+    if sampling.top_p is not None:
+        sorted_, order = probabilities.sort(descending=True)
+        outside = sorted_.cumsum(0) - sorted_ >= sampling.top_p
+        probabilities = probabilities.index_fill(0, order[outside], 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[0]

@@ -1,0 +1,183 @@
+"""Files and folders that are whole or absent: written aside, fsynced, renamed, and the folder fsynced.
+
+After a kill or a power cut at any moment a final name shows the old content or the new one, never a part of either.
+Names that start with ASIDE are never final: what a killed writer left under them may be deleted or written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+ASIDE = ".aside-"
+CHUNK = 1 << 24  # bytes hashed and written at a time, while they are in the cache
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+Bytes = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must still be when it is read again."""
+
+    size: int
+    sha256: str
+
+
+class HashingWriter:
+    """Writes to a binary file and computes the SHA-256 of what passes through."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: Bytes) -> int:
+        view = memoryview(data)
+        if view.nbytes == 0:  # cast refuses an empty view
+            return 0
+        view = view.cast("B")
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            self._hash.update(part)
+            self._file.write(part)
+        self._size += len(view)
+        return len(view)
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self._size, self._hash.hexdigest())
+
+
+def write_synced(path: Path, parts: Iterable[Bytes]) -> FileRecord:
+    """Write a file and fsync it, under this very name: for files inside a folder that is itself still aside."""
+    with open(path, "wb") as file:
+        writer = HashingWriter(file)
+        for part in parts:
+            writer.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return writer.record
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[HashingWriter]:
+    """A writer whose file gets the name `path` when the block ends, and none when it raises.
+
+    >>> with atomic_writer(path) as writer:
+    ...     writer.write(b"...")
+    """
+    aside = path.with_name(ASIDE + path.name)
+    try:
+        with open(aside, "wb") as file:
+            writer = HashingWriter(file)
+            yield writer
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_file(path: Path, data: Bytes | str) -> FileRecord:
+    """Write a whole file, whole or not at all."""
+    with atomic_writer(path) as writer:
+        writer.write(data.encode() if isinstance(data, str) else data)
+    return writer.record
+
+
+def read_record(path: Path, *, from_disk: bool = False) -> FileRecord:
+    """Size and SHA-256 of a file. `from_disk` asks the system to forget its cached pages first, so that what is read is
+    what the disk holds (Linux; elsewhere the cache may answer)."""
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a rename survives a power cut only after this."""
+    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder: its name goes at once, its content after, so that a kill never leaves a half-deleted folder."""
+    aside = folder.with_name(ASIDE + "deleted-" + folder.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(folder, aside)
+    fsync_folder(folder.parent)
+    shutil.rmtree(aside)
+
+
+def delete_leftovers(folder: Path) -> list[str]:
+    """Delete what killed writers left aside in a folder; only its one writer may call this. Returns the names."""
+    leftovers = sorted(path for path in folder.iterdir() if path.name.startswith(ASIDE))
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return [path.name for path in leftovers]
+
+
+def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
+    """The bytes of a safetensors file, piece by piece: header, then one view per tensor.
+
+    Nothing is serialised in memory: on the CPU a contiguous tensor is passed on as a view of its storage, any other
+    tensor is copied alone. Layout: header length (u64, little endian), JSON header padded with spaces to 8 bytes, data;
+    wider dtypes come first, so that every tensor is aligned to its element size. Raises TypeError for a dtype that the
+    format lacks.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SAFETENSORS_DTYPES:
+            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold")
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())

@@ -1,0 +1,85 @@
+"""The folder of a run: one process at a time, one configuration for ever.
+
+    runs/NAME/recipe.toml     the recipe as it was given
+              config.toml     the recipe as it was resolved: what this machine and corpus made of `auto` and `none`
+              tokenizer.json  the corpus's
+              checkpoints/ metrics.jsonl tensorboard/ report.json report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from hotloop.engine.config import Recipe, differences, from_dict, identity, load_toml, to_toml
+from hotloop.engine.errors import UserError
+from hotloop.engine.train.files import write_file
+
+RECIPE, CONFIG, TOKENIZER, LOCK = "recipe.toml", "config.toml", "tokenizer.json", ".lock"
+
+
+class RunFolder:
+    """A run's folder, locked while open. Nothing in it is ever written over by another configuration."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    def open(self, recipe: Recipe) -> Recipe | None:
+        """Lock the folder for `recipe`. Returns the resolved recipe of the run that is there, or None for a new run.
+
+        Raises UserError for a folder that holds something else, another configuration, or a running process.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: give the run another folder (--run)")
+        entries = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.path.exists() else set()
+        if entries and RECIPE not in entries:
+            raise UserError(f"{self.path} is not empty and not a run of hotloop: give another folder (--run)")
+        self._take_lock()
+        if not entries:
+            return None
+        given = identity(from_dict(Recipe, load_toml(self.path / RECIPE), f"{self.path / RECIPE}"))
+        changed = differences(given, identity(recipe))
+        if changed:
+            self.close()
+            raise UserError(
+                f"{self.path} is a run of another configuration ({'; '.join(changed)}): "
+                "go on with its own recipe, or give this one another folder (--run)"
+            )
+        if not (self.path / CONFIG).exists():
+            return None
+        return from_dict(Recipe, load_toml(self.path / CONFIG), f"{self.path / CONFIG}")
+
+    def create(self, recipe: Recipe, resolved: Recipe, tokenizer: bytes) -> None:
+        """Write what a new run starts from; `config.toml` last, as the sign that all of it is there."""
+        write_file(self.path / RECIPE, to_toml(recipe))
+        write_file(self.path / TOKENIZER, tokenizer)
+        write_file(self.path / CONFIG, to_toml(resolved))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_lock(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise UserError(f"{self.path} is in use by another process: wait for it or give another folder") from None

@@ -1,0 +1,104 @@
+"""One optimizer step: accumulate over micro-batches, sum over ranks, judge, update. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hotloop.engine.data.batches import Batch
+from hotloop.engine.train.distributed import Ranks
+from hotloop.engine.train.guards import OutlierGuard
+from hotloop.kernels.optimizers import AdamW
+
+
+class Phases:
+    """Milliseconds of the parts of a step: host clock on the CPU, events on a CUDA stream (read after the step)."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.mark("start")
+
+    def mark(self, name: str) -> None:
+        """The part `name` ends here."""
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Part -> ms. On CUDA only once the device has passed the last mark."""
+        parts: dict[str, float] = {}
+        for (_, a), (name, b) in zip(self.marks, self.marks[1:], strict=False):
+            if isinstance(a, torch.cuda.Event):
+                assert isinstance(b, torch.cuda.Event)
+                parts[name] = parts.get(name, 0.0) + a.elapsed_time(b)
+            else:
+                assert isinstance(b, float)
+                parts[name] = parts.get(name, 0.0) + (b - a) * 1e3
+        return parts
+
+
+@dataclass
+class StepResult:
+    """What a step leaves behind, on the device until it is drained."""
+
+    loss: Tensor  # () mean nats per supervised token of the global batch
+    loss_z: Tensor  # ()
+    grad_norm: Tensor  # () before clipping
+    skipped: Tensor  # () 1 where nothing was updated
+    stop: Tensor  # () more than 0 where any rank was asked to stop
+    phases: Phases = field(repr=False)
+
+
+class TrainStep:
+    def __init__(
+        self,
+        objective: Callable[..., Tensor],  # (tokens, targets, positions, cu_seqlens, normalizer) -> ()
+        parameters: Sequence[nn.Parameter],
+        optimizer: AdamW,
+        guard: OutlierGuard,
+        ranks: Ranks,
+    ):
+        self.objective, self.parameters = objective, parameters
+        self.optimizer, self.guard, self.ranks = optimizer, guard, ranks
+
+    def __call__(self, batches: Sequence[Batch], n_supervised: int, lr: float, stop: bool = False) -> StepResult:
+        """`n_supervised` counts the whole global batch; `batches` are this rank's micro-batches of it."""
+        device = self.ranks.device
+        phases = Phases(device)
+        normalizer = torch.full((), float(max(n_supervised, 1)), device=device)
+        # [loss, stop]: what all ranks must agree on, summed in one message.
+        shared = torch.tensor([0.0, float(stop)], device=device)
+        for batch in batches:
+            batch = batch.to(device)
+            loss = self.objective(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, normalizer)
+            loss.backward()
+            shared[0] += loss.detach()
+        phases.mark("forward_backward_ms")
+        self.ranks.sum_([*(p.grad for p in self.parameters if p.grad is not None), shared])
+        if self.ranks.world_size > 1:
+            phases.mark("communication_ms")
+        skip, loss_z = self.guard(shared[0])
+        # A batch without a single supervised token contributes nothing: no decay, no momentum.
+        self.optimizer.found_inf = skip if n_supervised > 0 else torch.ones_like(skip)
+        skipped_before = self.optimizer.skipped_steps.clone()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        phases.mark("optimizer_ms")
+        return StepResult(
+            loss=shared[0],
+            loss_z=loss_z,
+            grad_norm=self.optimizer.grad_norm.clone(),
+            skipped=(self.optimizer.skipped_steps - skipped_before).float(),
+            stop=shared[1],
+            phases=phases,
+        )
