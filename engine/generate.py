@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hotloop.engine.checkpointed import TrainedModel
 from hotloop.engine.model import KeyValueCache, Transformer
 
 
@@ -58,3 +59,18 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
         outside = sorted_.cumsum(0) - sorted_ >= sampling.top_p
         probabilities = probabilities.index_fill(0, order[outside], 0.0)
     return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+def complete(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """Yield the text after `prompt` piece by piece; a character whose bytes are not all there yet waits for them."""
+    tokenizer, end_id = trained.tokenizer, trained.end_id
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
+    new: list[int] = []
+    shown = len(tokenizer.decode(ids))
+    for token in generate(trained.model, [end_id, *ids], sampling, end_id):
+        new.append(token)
+        text = tokenizer.decode(ids + new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(ids + new)[shown:]

@@ -208,12 +208,14 @@ def load_pretrained(folder: Path | str, *, dtype: torch.dtype = torch.float32) -
     with torch.no_grad():
         for name, prefix, source in _entries(family, config):
             tensor = torch.cat([take(part, prefix) for part in source.names])
-            _copy(ours[name], tensor.T if source.transposed else tensor, f"{folder}: {prefix}{'+'.join(source.names)}")
+            tensor = tensor.T if source.transposed else tensor
+            rows = config.vocab_size if name == "embedding.weight" else None
+            _copy(ours[name], tensor, f"{folder}: {prefix}{'+'.join(source.names)}", rows)
         used.add(family.head)
         if not config.tied_head:
             if family.head not in theirs:
                 raise UserError(f"{folder}: tensor {family.head} is missing, and tie_word_embeddings is false")
-            _copy(ours["head.weight"], theirs[family.head], f"{folder}: {family.head}")
+            _copy(ours["head.weight"], theirs[family.head], f"{folder}: {family.head}", config.vocab_size)
     unknown = [name for name in theirs if name not in used and not name.endswith(family.ignored)]
     if unknown:
         raise UserError(f"{folder}: {len(unknown)} tensors are not part of {family.architecture}: {unknown[:5]}")
@@ -273,13 +275,13 @@ def _family_of(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     raise UserError("no family covers this model; " + "; ".join(reasons))
 
 
-def _copy(ours: Tensor, theirs: Tensor, what: str) -> None:
-    """Copy, leaving our vocabulary's padding rows zero."""
-    rows = theirs.shape[0]
-    if theirs.shape[1:] != ours.shape[1:] or rows > ours.shape[0] or ours.shape[0] - rows >= 64:
-        raise UserError(f"{what}: shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+def _copy(ours: Tensor, theirs: Tensor, what: str, rows: int | None = None) -> None:
+    """Copy into the first `rows` rows (all by default); the rest, a vocabulary's padding, becomes zero."""
+    target = ours[:rows]
+    if theirs.shape != target.shape:
+        raise UserError(f"{what}: shape {tuple(theirs.shape)}, expected {tuple(target.shape)}")
     ours.zero_()
-    ours[:rows].copy_(theirs)
+    target.copy_(theirs)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,9 +44,9 @@ class Segment:
 class Documents:
     """All documents below `paths` as segments; each iteration reads the files again, in the same order.
 
-    `on_bad_encoding`: what becomes of a document with invalid UTF-8: `replace` the bytes with U+FFFD and keep it, `skip`
-    it, or `error`. All three name the file and the byte. Raises UserError for files that cannot be read where the user
-    named them; inside folders they are counted in `report`.
+    `on_bad_encoding` says what becomes of a document with invalid UTF-8: `replace` the bytes with U+FFFD and keep it,
+    `skip` it, or `error`. All three name the file and the byte. A file that cannot be read raises UserError where the
+    user named it; inside a folder it is counted in `report`.
     """
 
     def __init__(
@@ -247,7 +247,8 @@ class _FileReader:
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         """(number from 1, offset, bytes with the newline) of each line."""
-        number, start, parts = 1, 0, []
+        number, start = 1, 0
+        parts: list[bytes] = []
         for offset, data in self._utf8_chunks():
             if number == 1 and not parts:
                 start = offset
@@ -263,7 +264,9 @@ class _FileReader:
     def _row(self, value: Any, number: int, **place: int) -> Iterator[Segment]:
         if not isinstance(value, str):
             got = "no value" if value is None else type(value).__name__
-            self.report.problem("no text", self.file.name, f"field {self.text_field!r}: {got}, expected a string", **place)
+            self.report.problem(
+                "no text", self.file.name, f"field {self.text_field!r}: {got}, expected a string", **place
+            )
         elif not value:
             self.report.problem("empty document", self.file.name, f"field {self.text_field!r} is empty", **place)
         else:
@@ -337,9 +340,9 @@ def _character_boundary(data: bytes) -> int:
 def _cut(text: str) -> int:
     """Where a long text may be cut; 0: not yet.
 
-    A pre-tokenizer that splits words from whitespace (byte-level BPE, BERT's, Metaspace) never joins across a lone newline
-    after a visible character and before one, nor does it join a visible character to a lone space after it. A cut there
-    gives the tokens of the uncut text.
+    A pre-tokenizer that splits words from whitespace (byte-level BPE, BERT's, Metaspace) never joins across a lone
+    newline between visible characters, nor a visible character to a lone space after it. A cut behind such a newline or
+    before such a space gives the tokens of the uncut text.
     """
     for separator, width in (("\n", 1), (" ", 0)):
         at = len(text) - 1

@@ -71,7 +71,7 @@ class File:
     suffix: str
     compression: str | None
     explicit: bool
-    """Named by the user rather than found in a folder: what cannot be read is then an error, not a line of the report."""
+    """Named by the user, not found in a folder: what cannot be read is then an error, not a line of the report."""
     size: int
 
     @property
@@ -102,11 +102,13 @@ def walk(paths: Sequence[Path], exclude: Iterable[str] = (), report: Report | No
             if not found:
                 passed = {name: n - before.get(name, 0) for name, n in report.skipped.items()}
                 seen = ", ".join(f"{n} {name}" for name, n in sorted(passed.items()) if n) or "it is empty"
-                raise UserError(f"{printable(path)}: no file to read in this folder (looked for {READABLE}; found {seen})")
+                raise UserError(
+                    f"{printable(path)}: no file to read in this folder (looked for {READABLE}; found {seen})"
+                )
         elif path.is_file():
             suffix, compression = kind_of(path.name)
             if suffix not in SUFFIXES:
-                raise UserError(f"{printable(path)}: cannot read files of kind {suffix or 'without a suffix'!r}; expected {READABLE}")
+                raise UserError(f"{printable(path)}: files of kind {suffix!r} cannot be read; expected {READABLE}")
             yield File(path, path.name, suffix, compression, True, path.stat().st_size)
         elif os.path.lexists(path):
             raise UserError(f"{printable(path)}: neither a file nor a folder")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from hotloop.engine.report.summary import Column, Run
 
@@ -27,148 +29,118 @@ INKS = {
 """Style-sheet variable -> the colour it has on a light page; every colour stands for one variable."""
 
 PARTS = [f"part{i}" for i in range(1, 8)]
-POINTS = 1500
+POINTS = 1200
 """Points of a line beyond which stretches of it are drawn as their lowest and highest point."""
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "hotloop", "font.size": 10.0, "axes.linewidth": 0.8,
     "axes.edgecolor": INKS["rule"], "axes.labelcolor": INKS["muted"], "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "grid.color": INKS["rule"], "grid.linewidth": 0.6, "text.color": INKS["ink"], "xtick.color": INKS["muted"],
-    "ytick.color": INKS["muted"], "xtick.major.size": 3.0, "ytick.major.size": 0.0, "legend.frameon": False,
-    "legend.handlelength": 1.4, "lines.solid_joinstyle": "round",
+    "ytick.color": INKS["muted"], "xtick.major.size": 3.0, "ytick.major.size": 0.0, "lines.solid_joinstyle": "round",
 }  # fmt: skip
 
 WIDE, NARROW = (7.0, 2.9), (4.5, 2.35)
 
 
-def loss_curve(run: Run) -> str:
+@dataclass(frozen=True)
+class Picture:
+    """A picture without its words: title and legend belong to the page, where they wrap on a phone."""
+
+    title: str
+    svg: str
+    legend: tuple[tuple[str, str], ...] = ()
+    """(style-sheet variable, what is drawn in that colour)"""
+
+
+def loss_curve(run: Run) -> Picture:
     """Loss of every step, its running mean, and the held-out evaluations."""
+    step, loss, held = run.train["step"], run.train["loss"], run.evaluations
+    mean, window = running_mean(loss)
+    skipped = step[run.train["skipped"] > 0]
+    legend = [("faint", "training, every step")]
+    if window > 1:
+        legend.append(("model", f"training, mean of {window} steps"))
+    if "loss" in held:
+        legend.append(("held", "held out"))
+    if len(skipped):
+        legend.append(("held", "skipped step (tick at the bottom)"))
 
     def draw(axes: Axes) -> None:
-        step, loss = run.train["step"], run.train["loss"]
-        axes.plot(*thinned(step, loss), color=INKS["faint"], linewidth=0.8, label="training, every step")
-        mean, window = running_mean(loss)
+        axes.plot(*thinned(step, loss), color=INKS["faint"], linewidth=0.8)
         if window > 1:
-            label = f"training, mean of {window} steps"
-            axes.plot(*thinned(step, mean), color=INKS["model"], linewidth=1.6, label=label)
-        held = run.evaluations
+            axes.plot(*thinned(step, mean), color=INKS["model"], linewidth=1.6)
         if "loss" in held:
-            marks = {"marker": "o", "markersize": 4.0, "markeredgewidth": 0.0} if len(held) <= 60 else {}
-            axes.plot(held["step"], held["loss"], color=INKS["held"], linewidth=1.2, label="held out", **marks)
+            marker = "o" if len(held) <= 60 else ""
+            axes.plot(held["step"], held["loss"], marker, ls="-", color=INKS["held"], lw=1.2, ms=4.0, mew=0.0)
         axes.set_ylim(*robust_limits(loss, held["loss"]))
-        skipped = step[run.train["skipped"] > 0]
-        if len(skipped):
-            low = axes.get_ylim()[0]
-            spot = {"marker": "|", "markersize": 9.0, "linestyle": "none", "clip_on": False}
-            axes.plot(skipped, np.full(len(skipped), low), color=INKS["held"], label="skipped", **spot)
-        axes.set_ylabel("nats per token")
-        axes.legend(loc="upper right")
+        low = np.full(len(skipped), axes.get_ylim()[0])
+        axes.plot(skipped, low, "|", color=INKS["held"], markersize=9.0, clip_on=False)
 
-    return _over_steps("loss", draw, WIDE)
+    return Picture("Loss, nats per token", _over_steps("loss", draw, WIDE), tuple(legend))
 
 
-def learning_rate_curve(run: Run) -> str:
+def learning_rate_curve(run: Run) -> Picture:
     def draw(axes: Axes) -> None:
         axes.plot(*thinned(run.train["step"], run.train["lr"]), color=INKS["model"], linewidth=1.6)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("learning rate")
-        axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=False)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}".replace("e-0", "e-")))
 
-    return _over_steps("learning-rate", draw, NARROW)
+    return Picture("Learning rate", _over_steps("learning-rate", draw, NARROW))
 
 
-def grad_norm_curve(run: Run) -> str:
+def grad_norm_curve(run: Run) -> Picture:
     """Gradient norm before clipping, logarithmic, with the clipping threshold."""
+    norm = run.train["grad_norm"]
+    norm[~(norm > 0)] = np.nan
     limit = run.config.get("optimizer", {}).get("max_grad_norm")
+    limits = [] if limit is None else [limit]
+    low, high = min([np.nanmin(norm), *limits]) / 1.3, max([np.nanmax(norm), *limits]) * 1.3
 
     def draw(axes: Axes) -> None:
-        norm = run.train["grad_norm"]
-        norm[~(norm > 0)] = np.nan
         axes.plot(*thinned(run.train["step"], norm), color=INKS["model"], linewidth=0.9)
-        if limit is not None:
-            axes.axhline(limit, color=INKS["held"], linewidth=1.0, linestyle=(0, (4, 3)))
-            spot = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
-            axes.annotate(f"clipped above {limit:g}", (1.0, limit), (0, 3), color=INKS["held"], **spot)
+        for value in limits:
+            axes.axhline(value, color=INKS["held"], linewidth=1.2, linestyle=(0, (4, 3)))
         axes.set_yscale("log")
-        low, high = np.nanmin([np.nanmin(norm), limit or np.inf]), np.nanmax([np.nanmax(norm), limit or 0])
-        axes.set_ylim(low / 1.3, high * 1.5)
+        axes.set_ylim(low, high)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-        axes.tick_params(which="minor", length=0)
-        if high / low < 30:  # less than a decade and a half: powers of ten alone would leave the axis bare
-            ticks = [m * 10.0**e for e in range(-9, 10) for m in (1, 2, 5)]
-            axes.set_yticks([tick for tick in ticks if low / 1.3 <= tick <= high * 1.5])
-        axes.set_ylabel("gradient norm")
+        axes.yaxis.set_minor_locator(NullLocator())
+        if high / low < 100:  # powers of ten alone would leave the axis nearly bare
+            ticks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+            axes.set_yticks([tick for tick in ticks if low <= tick <= high])
 
-    return _over_steps("grad-norm", draw, NARROW)
+    return Picture(
+        "Gradient norm before clipping",
+        _over_steps("grad-norm", draw, NARROW),
+        tuple(("held", f"clipped to {x:g}") for x in limits),
+    )
 
 
-def throughput_curve(run: Run) -> str:
-    """Tokens per second of every step (all and supervised), running means."""
+def throughput_curve(run: Run) -> Picture:
+    """Tokens per second, all and supervised, as running means."""
+    lines = (("tokens_per_second", "all tokens", "model"), ("supervised_per_second", "supervised", "part3"))
+    drawn = [line for line in lines if line[0] in run.train]
 
     def draw(axes: Axes) -> None:
-        for name, label, ink in (
-            ("tokens_per_second", "all tokens", "model"),
-            ("supervised_per_second", "supervised", "part3"),
-        ):
-            if name in run.train:
-                speed = running_mean(run.train[name])[0]
-                axes.plot(*thinned(run.train["step"], speed), color=INKS[ink], linewidth=1.4, label=label)
+        for name, _, ink in drawn:
+            speed, _ = running_mean(run.train[name])
+            axes.plot(*thinned(run.train["step"], speed), color=INKS[ink], linewidth=1.4)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("tokens per second")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.legend(loc="lower right")
 
-    return _over_steps("throughput", draw, NARROW)
+    return Picture(
+        "Tokens per second", _over_steps("throughput", draw, NARROW), tuple((ink, label) for _, label, ink in drawn)
+    )
 
 
-def memory_curve(run: Run) -> str:
+def memory_curve(run: Run) -> Picture:
     def draw(axes: Axes) -> None:
         axes.plot(*thinned(run.train["step"], run.train["memory_mb"]), color=INKS["model"], linewidth=1.4)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("memory, MB")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.set_ylim(bottom=0, top=1.15 * float(np.nanmax(run.train["memory_mb"])))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
-    return _over_steps("memory", draw, NARROW)
-
-
-def time_bar(split: Mapping[str, float]) -> str:
-    """One bar of all the seconds; the page's table beside it names the colours."""
-
-    def draw(axes: Axes) -> None:
-        total, left = sum(split.values()), 0.0
-        for ink, seconds in zip(part_inks(len(split)), split.values(), strict=True):
-            axes.barh(0, seconds / total, left=left, color=INKS[ink], height=1.0, linewidth=0)
-            left += seconds / total
-        axes.set_xlim(0, 1)
-        axes.set_ylim(-0.5, 0.5)
-        axes.set_axis_off()
-
-    return _svg("time", draw, (7.0, 0.36))
-
-
-def bits_bars(bits: float | None, baseline: Mapping[int, float]) -> str:
-    """Bits per byte of counting models by context length, and of the model, with a line down from the model's."""
-
-    def draw(axes: Axes) -> None:
-        rows = [(f"{context} bytes of context", value, "count") for context, value in baseline.items()]
-        if bits is not None:
-            rows.append(("this model", bits, "model"))
-        for y, (_, value, ink) in enumerate(rows):
-            axes.barh(y, value, color=INKS[ink], height=0.62, linewidth=0)
-            bold = "bold" if ink == "model" else "normal"
-            axes.annotate(f"{value:.3f}", (value, y), (5, 0), textcoords="offset points", va="center", fontweight=bold)
-        if bits is not None:
-            axes.axvline(bits, color=INKS["model"], linewidth=0.9, linestyle=(0, (3, 3)), zorder=3)
-        axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-        axes.tick_params(axis="y", labelcolor=INKS["ink"])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, 1.16 * max(value for _, value, _ in rows))
-        axes.set_xticks([])
-        axes.spines["bottom"].set_visible(False)
-        axes.grid(False)
-
-    return _svg("bits-per-byte", draw, (7.0, 0.34 * (len(baseline) + 1) + 0.15))
+    return Picture("Peak memory, MB", _over_steps("memory", draw, NARROW))
 
 
 def part_inks(n: int) -> list[str]:
@@ -178,7 +150,7 @@ def part_inks(n: int) -> list[str]:
 
 def running_mean(values: Column) -> tuple[Column, int]:
     """(n,) -> the mean over a window around each value that leaves out NaN, and the window: a fiftieth of them."""
-    window = len(values) // 50 * 2 // 2 | 1
+    window = len(values) // 50 | 1
     if window <= 1:
         return values, 1
     finite = np.isfinite(values)
@@ -197,9 +169,8 @@ def thinned(x: Column, y: Column) -> tuple[Column, Column]:
         return x, y
     stretch = -(-len(x) // (POINTS // 2))
     rows = -(-len(x) // stretch)
-    padded = np.full(rows * stretch, np.nan)
-    padded[: len(y)] = y
-    padded = padded.reshape(rows, stretch)
+    padded = np.full((rows, stretch), np.nan)
+    padded.reshape(-1)[: len(y)] = y
     low, high = np.where(np.isnan(padded), np.inf, padded), np.where(np.isnan(padded), -np.inf, padded)
     pair = np.sort(np.stack((low.argmin(1), high.argmax(1)), axis=1), axis=1)
     at = np.minimum((np.arange(rows)[:, None] * stretch + pair).reshape(-1), len(x) - 1)
@@ -238,7 +209,9 @@ def _over_steps(name: str, draw: Callable[[Axes], None], size: tuple[float, floa
 
 
 def _svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
@@ -250,14 +223,14 @@ def _svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> 
 def _for_page(svg: str, name: str) -> str:
     """The svg element alone, with the page's colours and fonts, and names that no other picture of the page has."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", svg, count=1)
-    svg = re.sub(r' width="[^"]*pt"| xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", svg, count=3)
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", svg, flags=re.DOTALL)
+    svg = (
+        re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    )
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', svg)
-    svg = re.sub(r"font-family: [^;\"]*;?|font-size: [^;\"]*;?", "", svg)
-    svg = re.sub(r"font: (bold )?[0-9.]+px [^;\"]*", lambda bold: "font-weight: bold" if bold[1] else "", svg)
+    svg = re.sub(r"font-(family|size): [^;\"]*; ?", "", svg)
     for ink, colour in INKS.items():
         svg = svg.replace(colour, f"var(--{ink})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{name.replace("-", " ")}"', 1).strip()

@@ -26,7 +26,7 @@ EXTRA = ("samples", "evaluation", "baseline", "timings", "environment", "corpus"
 
 
 class Columns:
-    """Numbers by name and row, one row per line of metrics; NaN where a line lacks a name or has no number for it."""
+    """Numbers by name and row, one row per line of metrics; NaN where a line has no finite number for it."""
 
     def __init__(self) -> None:
         self._columns: dict[str, list[float]] = {"step": []}
@@ -35,7 +35,7 @@ class Columns:
         return len(self._columns["step"])
 
     def __contains__(self, name: str) -> bool:
-        return any(map(math.isfinite, self._columns.get(name, ())))
+        return name in self._columns
 
     def __getitem__(self, name: str) -> Column:
         """(rows,) a copy."""
@@ -47,9 +47,10 @@ class Columns:
 
     def append(self, line: Mapping[str, Any]) -> None:
         rows = len(self)
-        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        for name in numbers.keys() - self._columns.keys():
-            self._columns[name] = [math.nan] * rows
+        numbers = {name: x for name, x in line.items() if isinstance(x, (int, float)) and math.isfinite(x)}
+        for name in numbers:
+            if name not in self._columns:
+                self._columns[name] = [math.nan] * rows
         for name, column in self._columns.items():
             column.append(float(numbers.get(name, math.nan)))
 
@@ -61,7 +62,7 @@ class Columns:
 
     def last(self, name: str) -> float | None:
         """The last finite number, if any."""
-        return next((x for x in reversed(self._columns.get(name, ())) if math.isfinite(x)), None)
+        return next((x for x in reversed(self._columns.get(name, ())) if not math.isnan(x)), None)
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def read_run(folder: Path | str) -> Run:
 def time_split(run: Run, timings: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Seconds of the run by what they went into; the rest, up to the wall time, is "other".
 
-    From the metrics: every column of the steps that ends in `_ms`, and the seconds of the evaluations. `timings["step"]`,
-    name -> seconds, adds to them or replaces one.
+    From the metrics: every column of the steps that ends in `_ms`, and the seconds of the evaluations.
+    `timings["step"]`, name -> seconds, adds to them or replaces one.
     """
     names = {"data_wait_ms": "data wait", "forward_backward_ms": "forward and backward"}
     split = {}
@@ -160,7 +161,9 @@ def summarize(run: Run, extra: Mapping[str, Any] | None = None) -> dict[str, Any
         columns = ("step", "loss", "bits_per_byte", "perplexity", "tokens", "bytes")
         final = {name: value for name in columns if (value := during.last(name)) is not None}
     bits = final.get("bits_per_byte") if final else None
-    baseline = {int(context): float(value) for context, value in sorted((extra.get("baseline") or {}).items(), key=_int)}
+    baseline = {
+        int(context): float(value) for context, value in sorted((extra.get("baseline") or {}).items(), key=_int)
+    }
     beaten = [context for context, value in baseline.items() if bits is not None and bits < value]
     timings = {name: value for name, value in extra.get("timings", {}).items() if name != "step"}
     train, warm = run.train, slice(len(run.train) // 10, None)  # the first steps warm up caches and clocks
@@ -172,7 +175,11 @@ def summarize(run: Run, extra: Mapping[str, Any] | None = None) -> dict[str, Any
         "planned_steps": run.planned_steps,
         "seconds": run.seconds,
         "bits_per_byte": bits,
-        "bits_per_byte_from": None if bits is None else "evaluation" if evaluation else "last evaluation during the run",
+        "bits_per_byte_from": None
+        if bits is None
+        else "evaluation"
+        if evaluation
+        else "last evaluation during the run",
         "kneser_ney_bits_per_byte": {str(context): value for context, value in baseline.items()} or None,
         "kneser_ney_beaten": beaten if baseline and bits is not None else None,
         "kneser_ney_not_beaten": [c for c in baseline if c not in beaten] if baseline and bits is not None else None,

@@ -170,9 +170,9 @@ class CheckpointStore:
     At most one write is in flight. Opening deletes what killed writers left aside, so a folder has one store at a time.
 
     `fault` is called with the name of each point of a save as it is reached, for tests that kill the process or raise
-    there. In order: "snapshot" (of `save_async`), "create", "write FILE" before each piece of a file and "fsync FILE" for
-    every file, "sync folder", "rename", "replace" (where the step has a checkpoint already, between its two renames),
-    "sync parent", "verify", "delete" before each deletion, "done".
+    there. In order: "snapshot" (of `save_async`), "create", for every file "write FILE" before each piece of it and
+    "fsync FILE", then "sync folder", "rename", "replace" (where the step has a checkpoint already, between its two
+    renames), "sync parent", "verify", "delete" before each deletion, "done".
     """
 
     def __init__(
@@ -219,9 +219,7 @@ class CheckpointStore:
         text = _state_text(state)
         return self._write(step, tensors, text, metric)
 
-    def save_async(
-        self, step: int, tensors: TensorGroups, state: dict[str, Any], metric: float | None = None
-    ) -> float:
+    def save_async(self, step: int, tensors: TensorGroups, state: dict[str, Any], metric: float | None = None) -> float:
         """Copy everything to host memory, then write it in a thread. Returns the seconds the caller was held up.
 
         A write still in flight is waited for, and raises here what it failed with (nothing is saved then: call again).
@@ -249,7 +247,7 @@ class CheckpointStore:
             raise failure
 
     def finished(self) -> list[Written]:
-        """Checkpoints written since the last call, without waiting. Raises what a write failed with, once."""
+        """What `save_async` has written since the last call, without waiting. Raises what a write failed with, once."""
         if self._thread is None or not self._thread.is_alive():
             self.wait()
         return [self._written.popleft() for _ in range(len(self._written))]
@@ -273,7 +271,7 @@ class CheckpointStore:
 
     def _write_in_background(self, step: int, tensors: TensorGroups, state: bytes, metric: float | None) -> None:
         try:
-            self._write(step, tensors, state, metric)
+            self._written.append(self._write(step, tensors, state, metric))
         except BaseException as failure:  # raised again by the next call of the training thread
             self._failure = failure
 
@@ -292,7 +290,7 @@ class CheckpointStore:
             fsync_folder(self.folder)
         except OSError as error:
             self._restore_replaced()
-            needed = len(state) + sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+            needed = len(state) + sum(t.nbytes for group in tensors.values() for t in group.values())
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint of step {step} could not be written to {path}: {error.strerror or error}; it needs "
@@ -313,13 +311,9 @@ class CheckpointStore:
         self._rejected.discard(path)
         verified = time.perf_counter()
         deleted = self._prune(checkpoint)
-        written = Written(checkpoint, wrote - start, verified - wrote, deleted)
-        self._written.append(written)
-        return written
+        return Written(checkpoint, wrote - start, verified - wrote, deleted)
 
-    def _write_files(
-        self, aside: Path, step: int, tensors: TensorGroups, state: bytes, metric: float | None
-    ) -> None:
+    def _write_files(self, aside: Path, step: int, tensors: TensorGroups, state: bytes, metric: float | None) -> None:
         self._fault("create")
         if aside.exists():
             shutil.rmtree(aside)
@@ -425,4 +419,4 @@ def _check_exact(value: Any, where: str) -> None:
         for index, member in enumerate(value):
             _check_exact(member, f"{where}[{index}]")
     elif value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(f"{where} is a {type(value).__name__}: expected what JSON gives back as it was, a tensor group else")
+        raise TypeError(f"{where} is a {type(value).__name__}: expected None, bool, int, float, str, list or dict")

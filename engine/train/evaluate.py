@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from hotloop.engine.data.batches import evaluation_batches, evaluation_documents
+from hotloop.engine.data.evaluation import evaluation_batches, evaluation_documents
 from hotloop.engine.data.shards import Split
 from hotloop.engine.model import Transformer
 from hotloop.kernels.cross_entropy import linear_cross_entropy
@@ -51,7 +51,7 @@ def evaluate(
     """
     began = time.perf_counter()
     stride = context if stride is None else stride
-    documents, n_bytes = evaluation_documents(split, max_bytes, seed)
+    documents, n_bytes, _ = evaluation_documents(split, max_bytes, seed)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from hotloop.engine.train.files import fsync_folder, write_file
+from hotloop.engine.train.files import write_file
 
 SUPERSEDED_KINDS = ("train", "eval")
 
@@ -28,7 +28,7 @@ class MetricsLog:
 
     resume_step None begins a log: a file that already has lines is an error (FileExistsError), nothing is written over.
     With a step s, train and eval lines of later steps are moved to `metrics.superseded.jsonl`, since they will be
-    written again; events stay, as they did happen. A last line that a kill cut off is removed. Both rewrites are atomic.
+    written again; events stay, as they did happen. A last line that a kill cut off goes there too. Rewrites are atomic.
     """
 
     def __init__(self, run_folder: Path | str, resume_step: int | None = None, tensorboard: bool = True):
@@ -50,7 +50,7 @@ class MetricsLog:
         if repaired:
             self.event(resume_step or 0, "metrics_repaired", f"{repaired} unreadable line(s) set aside")
         if superseded:
-            self.event(resume_step or 0, "metrics_superseded", f"{superseded} line(s) after step {resume_step} set aside")
+            self.event(resume_step or 0, "metrics_superseded", f"{superseded} line(s) of later steps set aside")
 
     def train(self, step: int, **values: Any) -> dict[str, Any]:
         return self._write("train", step, values)
@@ -89,7 +89,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, also of a run that is being written or was killed: unreadable ones are left out."""
+    """The lines of a `metrics.jsonl`, also one that is being written or whose run was killed; no unreadable ones."""
     return [line for _, line in _parse(Path(path)) if line is not None]
 
 
@@ -126,11 +126,14 @@ class DeviceMetrics:
             copied.record(torch.cuda.current_stream(device))
         self._pending.append(_Pending(step, host, names, values, copied))
 
-    def drain(self, block: bool = False) -> list[dict[str, Any]]:
-        """Steps whose values have arrived, in order: {"step", names of scalars (float), names of host values}. With
-        `block`, all of them: waits for the device."""
-        drained = []
-        while self._pending:
+    def drain(self, block: bool = False, keep: int = 0) -> list[dict[str, Any]]:
+        """Steps whose values have arrived, in order: {"step", names of scalars (float), names of host values}.
+
+        With `block` also those that have not: waits for the device. The newest `keep` steps stay, so that
+        `drain(block=True, keep=2)` hands out every step exactly two steps late, whatever the device's speed.
+        """
+        drained: list[dict[str, Any]] = []
+        while len(self._pending) > keep:
             copied = self._pending[0].copied
             if copied is not None and block:
                 copied.synchronize()
@@ -183,5 +186,4 @@ def _supersede(path: Path, step: int) -> tuple[int, int]:
         if not earlier.endswith(block):
             write_file(history, earlier + block)
         write_file(path, b"".join(keep))
-        fsync_folder(path.parent)
     return repaired, len(aside) - repaired

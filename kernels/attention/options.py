@@ -42,7 +42,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def first_visible_query(Tq: int, Tk: int, options: Options) -> int:
-    """The first query that sees a key; all after it do, too, since the last one is aligned with the last key. Tq: none."""
+    """The first query that sees a key; those after it do, too: the last one is aligned with the last key. Tq: none."""
     if Tk == 0:
         return Tq
     return 0 if options.window_right < 0 else max(0, Tq - Tk - options.window_right)

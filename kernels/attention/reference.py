@@ -8,7 +8,8 @@
     p = torch.exp(s - lse)
     o = (p * keep / (1 - dropout_p)) @ v                       # keep: see `dropout_keep`
 
-A row that sees no key has o = 0, lse = -inf (with sinks, too) and no gradient. All scores of a segment are held at once.
+A row that sees no key has o = 0, lse = -inf (with sinks, too) and no gradient. The scores of a segment, or of a dense
+batch, are held at once.
 The dropout mask is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 """
 
@@ -205,7 +206,9 @@ class _Segment:
     length_k: int | Tensor
 
 
-def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, totals: tuple[int, int], options: Options) -> Iterator[_Segment]:
+def _segments(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, totals: tuple[int, int], options: Options
+) -> Iterator[_Segment]:
     """The segments of a packed batch. On the CPU with their own lengths; elsewhere padded, so that nothing waits."""
 
     def rows(cu_seqlens: Tensor, i: int, max_seqlen: int, total: int) -> tuple[Tensor, int | Tensor]:

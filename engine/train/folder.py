@@ -2,7 +2,8 @@
 
     runs/NAME/recipe.toml     the recipe as it was given
               config.toml     the recipe as it was resolved: what this machine and corpus made of `auto` and `none`
-              tokenizer.json  the corpus's
+              corpus.json     the manifest of the corpus it reads, and
+              tokenizer.json  its tokenizer
               checkpoints/ metrics.jsonl tensorboard/ report.json report.html
 """
 
@@ -17,7 +18,8 @@ from hotloop.engine.config import Recipe, differences, from_dict, identity, load
 from hotloop.engine.errors import UserError
 from hotloop.engine.train.files import write_file
 
-RECIPE, CONFIG, TOKENIZER, LOCK = "recipe.toml", "config.toml", "tokenizer.json", ".lock"
+RECIPE, CONFIG, LOCK = "recipe.toml", "config.toml", ".lock"
+CORPUS = ("corpus.json", "tokenizer.json")
 
 
 class RunFolder:
@@ -27,10 +29,11 @@ class RunFolder:
         self.path = Path(path)
         self._lock: int | None = None
 
-    def open(self, recipe: Recipe) -> Recipe | None:
+    def open(self, recipe: Recipe, corpus: Path) -> Recipe | None:
         """Lock the folder for `recipe`. Returns the resolved recipe of the run that is there, or None for a new run.
 
-        Raises UserError for a folder that holds something else, another configuration, or a running process.
+        Raises UserError for a folder that holds something else, another configuration, another corpus than the folder
+        `corpus`, or a running process.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: give the run another folder (--run)")
@@ -50,12 +53,20 @@ class RunFolder:
             )
         if not (self.path / CONFIG).exists():
             return None
+        for name in CORPUS:
+            if (self.path / name).read_bytes() != (corpus / name).read_bytes():
+                self.close()
+                raise UserError(
+                    f"{corpus / name} is not what {self.path} began with: the corpus was prepared again; "
+                    "give the run another folder (--run)"
+                )
         return from_dict(Recipe, load_toml(self.path / CONFIG), f"{self.path / CONFIG}")
 
-    def create(self, recipe: Recipe, resolved: Recipe, tokenizer: bytes) -> None:
+    def create(self, recipe: Recipe, resolved: Recipe, corpus: Path) -> None:
         """Write what a new run starts from; `config.toml` last, as the sign that all of it is there."""
         write_file(self.path / RECIPE, to_toml(recipe))
-        write_file(self.path / TOKENIZER, tokenizer)
+        for name in CORPUS:
+            write_file(self.path / name, (corpus / name).read_bytes())
         write_file(self.path / CONFIG, to_toml(resolved))
 
     @property

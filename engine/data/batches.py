@@ -1,0 +1,210 @@
+"""(seed, step, rank) -> tensors.
+
+A document's stored tokens are its targets; its inputs are the same shifted right behind `end_id`:
+
+    target[i] = stored[i]        input[i] = stored[i - 1]        input[0] = end_id
+
+so every token, the document's end included, is predicted once, and no position predicts nothing but padding.
+Letters: B micro-batch, T context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hotloop.engine.data.order import Order, Source
+from hotloop.engine.data.packing import Packs
+from hotloop.engine.data.shards import Split
+from hotloop.engine.errors import UserError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences. A segment is one piece of a document, or the padding that ends a row."""
+
+    tokens: Tensor  # (B, T) int64, inputs; end_id in padding
+    targets: Tensor  # (B, T) int64, IGNORE_INDEX in padding
+    positions: Tensor  # (B, T) int64, 0.. within each piece; 0 in padding
+    document_ids: Tensor  # (B, T) int32, number of the segment within the micro-batch
+    cu_seqlens: Tensor  # (capacity + 1,) int32, segments of the flattened B*T positions; past the last one: B*T
+    n_supervised: int  # targets that are not IGNORE_INDEX
+    n_tokens: int  # B*T without padding
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; the copies do not block if the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            targets=function(self.targets),
+            positions=function(self.positions),
+            document_ids=function(self.document_ids),
+            cu_seqlens=function(self.cu_seqlens),
+        )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of documents and the rows they go to; rows ascending, each row's pieces in order."""
+
+    stored: np.ndarray  # (n_tokens,) int64, the pieces' tokens one after the other
+    before: np.ndarray  # (n_pieces,) int64, the token before each piece; end_id where a document begins
+    lengths: np.ndarray  # (n_pieces,) int64
+    row: np.ndarray  # (n_pieces,) int64
+    unscored: np.ndarray | None = None  # (n_pieces,) int64, leading targets that are context only
+
+
+def assemble(pieces: Pieces, micro_batch: int, context: int, capacity: int, end_id: int) -> Batch:
+    """Lay pieces out as one Batch of (micro_batch, context) with room for `capacity` segments."""
+    lengths, row = pieces.lengths, pieces.row
+    n_tokens = len(pieces.stored)
+    filled = np.bincount(row, weights=lengths, minlength=micro_batch).astype(np.int64)
+    # Where pieces begin in the flattened batch: behind all earlier rows, padding included, and the row's earlier ones.
+    compact = np.cumsum(lengths) - lengths
+    begin = compact + row * context - (np.cumsum(filled) - filled)[row]
+    within = np.arange(n_tokens) - np.repeat(compact, lengths)
+    at = np.repeat(begin, lengths) + within
+
+    inputs = np.empty(n_tokens, dtype=np.int64)
+    inputs[1:] = pieces.stored[:-1]
+    inputs[compact] = pieces.before
+    scored = pieces.stored
+    if pieces.unscored is not None:
+        scored = np.where(within < np.repeat(pieces.unscored, lengths), IGNORE_INDEX, scored)
+
+    size = micro_batch * context
+    padding = np.arange(micro_batch) * context + filled
+    segments = np.sort(np.concatenate([begin, padding[filled < context]]))
+    if len(segments) > capacity:
+        raise ValueError(f"{len(segments)} segments in a batch with room for {capacity}")
+    segment_at = np.zeros(size, dtype=np.int32)
+    segment_at[segments[1:]] = 1
+
+    flat = [np.full(size, end_id), np.full(size, IGNORE_INDEX), np.zeros(size, dtype=np.int64)]
+    for out, values in zip(flat, (inputs, scored, within), strict=True):
+        out[at] = values
+    tokens, targets, positions = (torch.from_numpy(out).view(micro_batch, context) for out in flat)
+    cu_seqlens = np.full(capacity + 1, size, dtype=np.int32)
+    cu_seqlens[: len(segments)] = segments
+    n_unscored = 0 if pieces.unscored is None else int(pieces.unscored.sum())
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        positions=positions,
+        document_ids=torch.from_numpy(np.cumsum(segment_at, dtype=np.int32)).view(micro_batch, context),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        n_supervised=n_tokens - n_unscored,
+        n_tokens=n_tokens,
+    )
+
+
+class BatchSource:
+    """The global batches of a run, cut into ranks and micro-batches.
+
+    A global batch is `global_batch` packs, a pure function of (seed, step). Rank r of W takes the r-th contiguous part,
+    micro-batches are contiguous parts of that: their union is the same global batch for every W and micro-batch.
+
+    Parameters:
+        splits: one, or several to mix; they must share a tokenizer
+        weights: share of the packs drawn from each; none: in proportion to their packs, one pass over all alike
+        index_folder: where the index of packs is kept; none: beside the shards
+    Raises UserError for splits of different tokenizers and for a batch that cannot be divided.
+    """
+
+    def __init__(
+        self,
+        splits: Split | Sequence[Split],
+        context: int,
+        global_batch: int,
+        seed: int = 0,
+        *,
+        weights: Sequence[float] | None = None,
+        index_folder: Path | None = None,
+    ):
+        self.splits = (splits,) if isinstance(splits, Split) else tuple(splits)
+        if not self.splits:
+            raise UserError("no source of data")
+        first = self.splits[0]
+        for split in self.splits[1:]:
+            if split.tokenizer_hash != first.tokenizer_hash or split.end_id != first.end_id:
+                raise UserError(f"{split.folder} and {first.folder} were prepared with different tokenizers")
+        self.context, self.global_batch, self.end_id = context, global_batch, first.end_id
+        self.packs = [Packs.of(split, context, index_folder) for split in self.splits]
+        if weights is None:
+            weights = [packs.n_packs for packs in self.packs]
+        if len(weights) != len(self.packs):
+            raise UserError(f"{len(weights)} weights for {len(self.packs)} sources")
+        sources = [Source(packs.n_packs, float(weight)) for packs, weight in zip(self.packs, weights, strict=True)]
+        self.order = Order(sources, global_batch, seed)
+        self._max_segments = max(packs.max_segments for packs in self.packs)
+
+    def capacity(self, micro_batch: int) -> int:
+        """Segments that any micro-batch of this size may have."""
+        return micro_batch * self._max_segments
+
+    def epoch_of(self, step: int, source: int = 0) -> float:
+        return self.order.epoch_of(step, source)
+
+    def n_supervised(self, step: int) -> int:
+        """Targets in the whole global batch, from the index alone."""
+        source, pack = self.order.samples(step)
+        return sum(int(self.packs[s].tokens(pack[source == s]).sum()) for s in np.unique(source))
+
+    def check(self, world_size: int, micro_batch: int) -> None:
+        """Raises UserError if the global batch cannot be cut this way."""
+        if world_size < 1 or micro_batch < 1 or self.global_batch % (world_size * micro_batch):
+            raise UserError(
+                f"global_batch = {self.global_batch}: must be a multiple of ranks x micro_batch = "
+                f"{world_size} x {micro_batch}"
+            )
+
+    def micro_batches(
+        self, step: int, rank: int = 0, world_size: int = 1, micro_batch: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's part of the global batch of a step; micro_batch none: all of it at once."""
+        if micro_batch is None:
+            micro_batch = max(self.global_batch // max(world_size, 1), 1)
+        self.check(world_size, micro_batch)
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank {rank} of {world_size}")
+        source, pack = self.order.samples(step)
+        local = self.global_batch // world_size
+        for start in range(rank * local, (rank + 1) * local, micro_batch):
+            rows = slice(start, start + micro_batch)
+            yield self._batch(source[rows], pack[rows])
+
+    def _batch(self, source: np.ndarray, pack: np.ndarray) -> Batch:
+        parts = []
+        for number in np.unique(source):
+            split, rows = self.splits[number], np.flatnonzero(source == number)
+            starts, lengths, row = self.packs[number].pieces(pack[rows])
+            parts.append(Pieces(split.read(starts, lengths), split.before(starts), lengths, rows[row]))
+        pieces = parts[0] if len(parts) == 1 else _interleave(parts)
+        return assemble(pieces, len(source), self.context, self.capacity(len(source)), self.end_id)
+
+
+def _interleave(parts: list[Pieces]) -> Pieces:
+    """Pieces of several sources in the order of their rows."""
+    lengths = np.concatenate([part.lengths for part in parts])
+    row = np.concatenate([part.row for part in parts])
+    order = np.argsort(row, kind="stable")
+    begin = np.cumsum(lengths) - lengths
+    lengths_sorted = lengths[order]
+    compact = np.cumsum(lengths_sorted) - lengths_sorted
+    at = np.arange(int(lengths.sum())) + np.repeat(begin[order] - compact, lengths_sorted)
+    stored = np.concatenate([part.stored for part in parts])[at]
+    before = np.concatenate([part.before for part in parts])[order]
+    return Pieces(stored, before, lengths_sorted, row[order])

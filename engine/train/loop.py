@@ -1,0 +1,325 @@
+"""The training loop, and what surrounds it: start or resume, log, evaluate, save, stop, rewind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hotloop.engine.config import Recipe
+from hotloop.engine.data.batches import IGNORE_INDEX, Batch, BatchSource, Prefetcher
+from hotloop.engine.data.shards import Corpus
+from hotloop.engine.errors import UserError
+from hotloop.engine.train import checkpoint as checkpoints
+from hotloop.engine.train.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from hotloop.engine.train.distributed import Ranks
+from hotloop.engine.train.environment import environment, guarantee_lost
+from hotloop.engine.train.evaluate import evaluate
+from hotloop.engine.train.folder import RunFolder
+from hotloop.engine.train.guards import LAG
+from hotloop.engine.train.metrics import DeviceMetrics, MetricsLog
+from hotloop.engine.train.progress import Progress
+from hotloop.engine.train.schedule import learning_rate
+from hotloop.engine.train.signals import StopSignal
+from hotloop.engine.train.step import StepResult
+from hotloop.engine.train.throughput import measure_matmul_peak, memory_mb, step_flops
+from hotloop.engine.train.training import Training
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on by itself; its checkpoints are intact."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: int
+    reason: str
+    """finished, stopped early, or the name of the signal."""
+    signal: int | None = None
+
+
+class Run:
+    """One process's part of a run: `train` is the loop, the rest is what it calls at its edges."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        corpus: Corpus,
+        ranks: Ranks,
+        stop: StopSignal,
+        fault: Callable[[str], None] | None = None,
+    ):
+        self.recipe, self.folder, self.corpus, self.ranks, self.stop = recipe, folder, corpus, ranks, stop
+        self.training = Training(recipe, ranks)
+        self.micro_batch = recipe.train.micro_batch
+        self.context = recipe.data.context or recipe.model.context
+        self.source = BatchSource(corpus.split("train"), self.context, recipe.train.global_batch, recipe.train.seed)
+        self.matmul_peak = measure_matmul_peak(ranks.device, self.training.policy.dtype)
+        self.pending = DeviceMetrics()
+        self.prefetcher: Prefetcher | None = None
+        self.stall_ms = 0.0  # of checkpoints since the last line
+        if ranks.is_main:
+            keep = recipe.checkpoint
+            self.store = CheckpointStore(folder.checkpoints, keep.keep_last, keep.keep_best, fault=fault)
+        notes = self._resume()
+        if ranks.is_main:
+            step = self.training.step
+            self.log = MetricsLog(folder.path, step if notes else None, recipe.log.tensorboard)
+            self.progress = Progress(
+                recipe.train.steps, every=recipe.log.every, start_step=step, log=folder.path / "log.txt"
+            )
+            for name, message in notes:
+                self._event(name, message)
+
+    def train(self) -> Outcome:
+        """Run to the last step, or until a signal, early stopping or failure."""
+        t, r = self.training, self.recipe
+        clock = time.perf_counter()
+        while t.step < r.train.steps:
+            batches, data_wait = self._next_batches()
+            n_supervised = self.source.n_supervised(t.step + t.data_offset)
+            lr = learning_rate(r.optimizer, r.schedule, t.step, r.train.steps)
+            try:
+                self._seed_step()
+                result = t.take_step(batches, n_supervised, lr, stop=bool(self.stop))
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve_micro_batch(error)
+                continue
+            t.step += 1
+            clock, ms = time.perf_counter(), (time.perf_counter() - clock) * 1e3
+            t.seconds += ms / 1e3
+            self._push(result, batches, n_supervised, lr=lr, ms=ms, data_wait_ms=data_wait * 1e3)
+            stopping = self._drain(keep=LAG) or (bool(self.stop) and self.ranks.world_size == 1)
+            if t.budget.exceeded(t.step - LAG):
+                self._rewind()
+            elif stopping:
+                return self._end(self._signal_name(), self.stop.number or signal.SIGTERM)
+            elif t.step < r.train.steps and self._due():
+                self._save(self._evaluate() if self._due(r.evaluation.every) else None)
+                if r.evaluation.patience is not None and t.evaluations_since_best >= r.evaluation.patience:
+                    return self._end("stopped early")
+            else:
+                continue
+            t.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+        return self._end("finished", loss=self._evaluate() if r.evaluation.every else None)
+
+    def close(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        if self.ranks.is_main:
+            self.progress.close()
+            self.log.close()
+
+    # Data -----------------------------------------------------------------------------------------------------------
+
+    def _next_batches(self) -> tuple[Sequence[Batch], float]:
+        """This rank's micro-batches of the next global batch, and the seconds the loop waited for them."""
+        if self.prefetcher is None:
+            self.prefetcher = Prefetcher(
+                self.source, self.training.step + self.training.data_offset, rank=self.ranks.rank,
+                world_size=self.ranks.world_size, micro_batch=self.micro_batch, workers=self.recipe.data.workers,
+                pin_memory=self.ranks.device.type == "cuda",
+            )  # fmt: skip
+        batches = next(self.prefetcher)
+        return batches, self.prefetcher.wait_seconds
+
+    def _restart_data(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        self.prefetcher = None
+
+    def _seed_step(self) -> None:
+        """Dropout's generator is a function of (seed, step, rank), so no generator state needs saving."""
+        if self.recipe.model.dropout > 0:
+            torch.manual_seed(hash((self.recipe.train.seed, self.training.step, self.ranks.rank)) & (2**63 - 1))
+
+    def _halve_micro_batch(self, error: BaseException) -> None:
+        """After running out of memory: the same global batch in smaller pieces."""
+        if self.ranks.world_size > 1 or self.micro_batch == 1:
+            raise RunFailed(
+                f"out of memory with micro-batches of {self.micro_batch} x {self.context} tokens: resume with a smaller "
+                "train.micro_batch (the global batches stay the same) or train.activation_checkpointing"
+            ) from error
+        self.training.optimizer.zero_grad(set_to_none=True)
+        self.micro_batch //= 2 if self.micro_batch % 2 == 0 else self.micro_batch
+        self.training.accumulate()
+        self._restart_data()
+        self._event("out_of_memory", f"micro-batch is now {self.micro_batch}; the global batches stay the same")
+
+    # Metrics --------------------------------------------------------------------------------------------------------
+
+    def _push(
+        self, result: StepResult, batches: Sequence[Batch], n_supervised: int, *, lr: float, ms: float, **host: Any
+    ) -> None:
+        """Hand the step's device scalars over; `_drain` turns them into a line some steps later."""
+        t = self.training
+        supervised = [batch.targets != IGNORE_INDEX for batch in batches]
+        share = self.ranks.world_size / max(len(batches), 1)
+        slots = sum(batch.tokens.numel() for batch in batches) * self.ranks.world_size
+        tokens = sum(batch.n_tokens for batch in batches) * self.ranks.world_size
+        pairs = sum(int(((b.positions + 1) * mask).sum()) for b, mask in zip(batches, supervised, strict=True))
+        flops = step_flops(
+            self.recipe.model, tokens, context=self.context,
+            sum_squares=2 * round(pairs * share * len(batches)) - tokens,
+        )  # fmt: skip
+        peak = self.matmul_peak.rate * self.ranks.world_size * ms / 1e3
+        self.pending.push(
+            t.step,
+            {
+                "loss": result.loss,
+                "loss_z": result.loss_z,
+                "grad_norm": result.grad_norm,
+                "skipped": result.skipped,
+                "stop": result.stop,
+            },
+            phases=result.phases,
+            lr=lr,
+            ms=ms,
+            tokens=tokens,
+            supervised=n_supervised,
+            tokens_per_second=tokens / ms * 1e3,
+            supervised_per_second=n_supervised / ms * 1e3,
+            padding_share=1 - tokens / slots,
+            mfu=flops.exact / peak,
+            mfu_palm=flops.palm / peak,
+            memory_mb=memory_mb(self.ranks.device),
+            checkpoint_stall_ms=self.stall_ms,
+            seconds=t.seconds,
+            **host,
+        )
+        self.stall_ms = 0.0
+
+    def _drain(self, keep: int) -> bool:
+        """Log the steps that have arrived, all but the last `keep`. True where a rank was asked to stop."""
+        stopping = False
+        for line in self.pending.drain(keep=keep):
+            step, phases = line.pop("step"), line.pop("phases")
+            stopping |= line.pop("stop") > 0
+            line["skipped"] = int(line["skipped"])
+            if line["skipped"]:
+                self.training.budget.record(step)
+            if self.ranks.is_main:
+                written = self.log.train(step, **line, **phases.milliseconds())
+                self.progress.train(written)
+                if line["skipped"]:
+                    self._event("skipped", f"loss {line['loss']:.4g} (z {line['loss_z']:+.1f}): nothing updated", step)
+        return stopping
+
+    def _event(self, name: str, message: str, step: int | None = None) -> None:
+        if self.ranks.is_main:
+            self.progress.event(self.log.event(self.training.step if step is None else step, name, message))
+
+    # Edges of the loop ----------------------------------------------------------------------------------------------
+
+    def _due(self, *every: int) -> bool:
+        """Whether this step ends one of the intervals; by default that of evaluations or that of checkpoints."""
+        intervals = every or (self.recipe.evaluation.every, self.recipe.checkpoint.every)
+        return any(n and self.training.step % n == 0 for n in intervals)
+
+    def _evaluate(self) -> float | None:
+        """Held-out loss, noted as the best or not; None without held-out documents or when asked to stop."""
+        self._drain(keep=0)
+        t, loss = self.training, None
+        if self.ranks.is_main and "validation" in self.corpus.splits:
+            result = evaluate(
+                t.model, self.corpus.split("validation"), context=self.context,
+                max_bytes=self.recipe.evaluation.max_bytes, seed=self.recipe.train.seed, poll=lambda: bool(self.stop),
+            )  # fmt: skip
+            if result is not None:
+                loss = result.loss
+                self.progress.eval(self.log.eval(t.step, **result.to_dict()))
+        loss = self.ranks.broadcast(loss)
+        if loss is not None:
+            better = t.best_loss is None or loss < t.best_loss
+            t.best_loss = loss if better else t.best_loss
+            t.evaluations_since_best = 0 if better else t.evaluations_since_best + 1
+        return loss
+
+    def _save(self, held_out_loss: float | None = None, *, wait: bool = False) -> None:
+        self._drain(keep=0)
+        if not self.ranks.is_main:
+            return
+        t = self.training
+        try:
+            stall = self.store.save_async(t.step, t.tensors(), t.state(self._environment()), held_out_loss)
+            if wait:
+                self.store.wait()
+        except CheckpointError as error:
+            # The last good checkpoint is untouched. A later save may find room again; the last one must succeed.
+            self._event("checkpoint_failed", str(error))
+            if wait:
+                raise RunFailed(f"the last checkpoint could not be written: {error}") from error
+            return
+        self.stall_ms += stall * 1e3
+
+    def _resume(self) -> list[tuple[str, str]]:
+        """Load the newest good checkpoint, if there is one. Returns events to log."""
+        path, notes = None, []
+        if self.ranks.is_main:
+            found = self.store.newest()
+            notes = [("checkpoint_rejected", f"{bad.path.name}: {bad.reason}") for bad in found.rejected]
+            if found.checkpoint is not None:
+                path = found.checkpoint.path
+            elif found.rejected:
+                raise UserError(
+                    f"no checkpoint in {self.folder.checkpoints} is whole ({found.rejected[0].reason}): "
+                    "move the run's folder away to start it again"
+                )
+        path = self.ranks.broadcast(path)
+        if path is None:
+            # Killed before its first checkpoint: it starts again, and the lines it wrote are superseded.
+            return [("resumed", "from the start: no checkpoint yet")] if self._has_metrics() else []
+        saved = self.training.load(checkpoints.read_manifest(path))
+        lost = guarantee_lost(saved, self._environment())
+        return [*notes, ("resumed", f"from {path.name}"), *(("guarantee_lost", line) for line in lost)]
+
+    def _has_metrics(self) -> bool:
+        path = self.folder.path / "metrics.jsonl"
+        return path.exists() and path.stat().st_size > 0
+
+    def _rewind(self) -> None:
+        """Too many skipped steps: back to the last good checkpoint before them, on with the data after them."""
+        self._drain(keep=0)
+        t = self.training
+        bad_from, bad_to, rewinds = t.budget.skipped[0], t.step, t.rewinds + 1
+        if rewinds > self.recipe.guards.max_rewinds:
+            raise RunFailed(
+                f"{len(t.budget.skipped)} steps skipped between {bad_from} and {bad_to}, after {t.rewinds} rewinds "
+                "(guards.max_rewinds): look at the data and the learning rate"
+            )
+        next_data = t.step + t.data_offset
+        good: Checkpoint | None = None
+        if self.ranks.is_main:
+            self.store.wait()
+            good = checkpoints.newest(self.folder.checkpoints, before=bad_from).checkpoint
+        good = self.ranks.broadcast(good)
+        if good is None:
+            t.start()
+        else:
+            t.load(good)
+        t.rewinds, t.data_offset = rewinds, next_data - t.step
+        self._restart_data()
+        if self.ranks.is_main:
+            self.log.supersede(t.step)
+        self._event(
+            "rewound", f"steps {bad_from} to {bad_to} skipped too often: back to step {t.step}, data of the range is left"
+        )
+
+    def _end(self, reason: str, number: int | None = None, loss: float | None = None) -> Outcome:
+        self._save(loss, wait=True)
+        self._event("ended", reason)
+        return Outcome(self.training.step, reason, number)
+
+    def _signal_name(self) -> str:
+        return signal.Signals(self.stop.number or signal.SIGTERM).name
+
+    def _environment(self) -> dict[str, Any]:
+        return environment(
+            backends=self.training.backends, micro_batch=self.micro_batch, world_size=self.ranks.world_size
+        )

@@ -1,0 +1,68 @@
+"""A recipe and a folder in, a trained model in that folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hotloop.engine.config import Recipe
+from hotloop.engine.data.shards import Corpus
+from hotloop.engine.errors import UserError
+from hotloop.engine.train import distributed, precision
+from hotloop.engine.train.distributed import Ranks
+from hotloop.engine.train.folder import RunFolder
+from hotloop.engine.train.loop import Outcome, Run
+from hotloop.engine.train.signals import StopSignal
+
+
+def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] | None = None) -> Outcome:
+    """Run a recipe in the folder `path`, or resume it there.
+
+    `fault` is called with the name of every point of a checkpoint's write, so that tests can fail there. Raises UserError
+    before any work for what cannot be run, RunFailed when the run cannot go on.
+    """
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    with StopSignal() as stop, RunFolder(path) as folder:
+        ranks = distributed.start(recipe.train.device)
+        try:
+            corpus = Corpus(recipe.data.path)
+            saved = ranks.broadcast(folder.open(recipe, corpus.folder) if ranks.is_main else None)
+            resolved = resolve(recipe, saved, corpus, ranks)
+            if saved is None and ranks.is_main:
+                folder.create(recipe, resolved, corpus.folder)
+            run = Run(resolved, folder, corpus, ranks, stop, fault)
+            try:
+                return run.train()
+            finally:
+                run.close()
+        finally:
+            ranks.stop()
+
+
+def resolve(recipe: Recipe, saved: Recipe | None, corpus: Corpus, ranks: Ranks) -> Recipe:
+    """Fill in what the recipe leaves to the corpus and the machine; a resumed run keeps what it resolved first."""
+    data, model, train = recipe.data, recipe.model, recipe.train
+    if model.vocab_size is not None and model.vocab_size != corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {model.vocab_size}, but the tokenizer of {data.path} has {corpus.vocab_size} entries: "
+            "leave it out"
+        )
+    if train.global_batch % (train.micro_batch * ranks.world_size):
+        raise UserError(
+            f"train.global_batch = {train.global_batch}: must be a multiple of train.micro_batch x ranks = "
+            f"{train.micro_batch} x {ranks.world_size}"
+        )
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if train.compile and version < (2, 13):
+        raise UserError(f"train.compile needs torch 2.13 (this is {torch.__version__}): set it to false")
+    name = saved.train.precision if saved else precision.resolve(train.precision, ranks.device).name
+    return replace(
+        recipe,
+        data=replace(data, context=data.context or model.context),
+        model=replace(model, vocab_size=corpus.vocab_size),
+        train=replace(train, precision=name),  # type: ignore[arg-type]
+    )

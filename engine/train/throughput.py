@@ -1,0 +1,183 @@
+"""How much work a step is, and how much this machine can do: model FLOPs, measured peaks, memory.
+
+L layers, D model width, Hq and Hk query and key heads of dimension C, F feed-forward width, V vocabulary, T context.
+A product of (m, k) and (k, n) is 2 m n k FLOPs; the backward pass of a product is two such products. Model FLOPs count
+what the mathematics needs: neither recomputation nor padding (of packs or of the vocabulary), no norm, no softmax.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from hotloop.engine.config import ModelConfig
+from hotloop.engine.model import feed_forward_width
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of one optimizer step, counted in the two ways that are in use.
+
+    palm: (6 N + 12 L Hq C T) per token, every token as if it attended to a full context (Chowdhery et al.,
+    arXiv:2204.02311, appendix B). exact: only the pairs of query and key that the masks (causal, document) leave.
+    """
+
+    palm: int
+    exact: int
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """N: weights that multiply every token. The head counts, tied or not; look-ups, norms and biases do not."""
+    if config.vocab_size is None:
+        raise ValueError("matmul_parameters needs config.vocab_size: got None, expected the tokenizer's size")
+    D, F = config.d_model, feed_forward_width(config)
+    C = D // config.n_heads
+    kv_heads = config.n_kv_heads or config.n_heads
+    attention = D * C * (config.n_heads + 2 * kv_heads) + D * D
+    feed_forward = (3 if config.activation == "swiglu" else 2) * D * F
+    return config.n_layers * (attention + feed_forward) + config.vocab_size * D
+
+
+def step_flops(
+    config: ModelConfig, tokens: int, *, context: int | None = None, sum_squares: int | None = None
+) -> StepFlops:
+    """Model FLOPs of a forward and backward pass over `tokens` tokens without padding.
+
+    context: T, the length of packs (default: the model's). sum_squares: the sum over the step's pieces of length^2
+    (a piece is what attends within itself); without it each pack is taken as one piece of length T, an upper bound.
+
+    With pairs = sum n^2, or sum n (n + 1) / 2 when causal: exact = 6 N tokens + 12 L Hq C pairs.
+    """
+    T = config.context if context is None else context
+    squares = tokens * T if sum_squares is None else sum_squares
+    pairs = (squares + tokens) // 2 if config.causal else squares
+    dense = 6 * matmul_parameters(config) * tokens
+    per_pair = 12 * config.n_layers * config.d_model
+    return StepFlops(palm=dense + per_pair * tokens * T, exact=dense + per_pair * pairs)
+
+
+class Throughput:
+    """Rates of a step, against the matmul peak of this machine that is measured once, here (about a second).
+
+    `context` is the length of packs; tokens of all ranks are given, so the peak counts `world_size` times.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        context: int | None = None,
+        world_size: int = 1,
+    ):
+        self.config, self.device, self.context, self.world_size = config, torch.device(device), context, world_size
+        self.peak = measure_matmul_peak(self.device, dtype)
+
+    def of_step(
+        self, seconds: float, *, tokens: int, supervised: int, positions: int, sum_squares: int | None = None
+    ) -> dict[str, float]:
+        """Fields of a train line. tokens, supervised, positions (tokens and padding) and sum_squares (see `step_flops`)
+        are of the global batch. mfu is of the exact count, mfu_palm of the other."""
+        flops = step_flops(self.config, tokens, context=self.context, sum_squares=sum_squares)
+        capacity = seconds * self.peak.rate * self.world_size
+        return {
+            "tokens": tokens,
+            "supervised": supervised,
+            "tokens_per_second": tokens / seconds,
+            "supervised_per_second": supervised / seconds,
+            "padding_share": 1 - tokens / positions,
+            "mfu": flops.exact / capacity,
+            "mfu_palm": flops.palm / capacity,
+            "memory_mb": memory_mb(self.device),
+        }
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A measured rate: FLOP/s or bytes/s, and what was run to measure it."""
+
+    rate: float
+    workload: str
+    samples: int
+
+
+def measure_matmul_peak(device: torch.device | str, dtype: torch.dtype, *, seconds: float = 1.0) -> Peak:
+    """FLOP/s of torch.mm on square matrices: for each size the median of some runs, and of these the highest.
+
+    Sizes double from 256 while the time allows. Uses about `seconds`, less on a fast machine; never called in the loop.
+    """
+    device = torch.device(device)
+    largest, deadline = (8192 if device.type == "cuda" else 4096), time.perf_counter() + seconds
+    best, size = Peak(0.0, "", 0), 256
+    while True:
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+        out = torch.empty(size, size, dtype=dtype, device=device)
+        share = (deadline - time.perf_counter()) / 2
+        times = _sample(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, share)  # type: ignore[misc]
+        median = statistics.median(times)
+        if (rate := 2 * size**3 / median) > best.rate:
+            best = Peak(rate, f"mm {size} x {size} x {size} {str(dtype).removeprefix('torch.')}", len(times))
+        # Eight times the work at the next size, at least a warm-up and three samples of it.
+        if size == largest or 8 * median * 4 > deadline - time.perf_counter():
+            return best
+        size *= 2
+
+
+def measure_copy_bandwidth(device: torch.device | str, *, size: int = 1 << 28, seconds: float = 0.5) -> Peak:
+    """Bytes/s of a copy, read and written bytes both counted; the buffers of `size` bytes exceed the caches."""
+    device = torch.device(device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = _sample(lambda: target.copy_(source), device, seconds)
+    return Peak(2 * size / statistics.median(times), f"copy of {size >> 20} MiB", len(times))
+
+
+def memory_mb(device: torch.device | str) -> float:
+    """Peak memory so far in MB (10^6 bytes): of torch's allocator on CUDA, else resident memory of this process."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "linux":
+        # Not getrusage: its ru_maxrss survives exec, so a small process started by a large one reports the parent's.
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _sample(run: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Times of single runs after a warm-up: at least 3, at most 30, for about `seconds`."""
+    run()
+    if device.type != "cuda":
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 3 or (len(times) < 30 and time.perf_counter() < end):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return times
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize(device)
+    once = max(time.perf_counter() - begin, 1e-6)
+    count = max(3, min(30, int(seconds / once)))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    stream = torch.cuda.current_stream(device)
+    for event in events[:-1]:
+        event.record(stream)
+        run()
+    events[-1].record(stream)
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
