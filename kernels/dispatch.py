@@ -13,13 +13,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 ENVIRONMENT_VARIABLE = "HOTLOOP_BACKEND"
 
-_forced: ContextVar[str | None] = ContextVar("hotloop_forced_backend", default=None)
+# A plain global, shared by all threads: torch.compile guards on it and so compiles again when it changes, which it can
+# do neither for a ContextVar nor for a threading.local.
+_forced: str | None = None
+
+
+_tables: dict[str, Table] = {}
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class BackendError(RuntimeError):
 
 
 class Table:
-    """The backends of one op, best first."""
+    """The backends of one op, best first. A table is known to `explain` by its op's name."""
 
     def __init__(self, op: str, *backends: Backend):
         self.op = op
         self.backends = backends
         self._by_name = {backend.name: backend for backend in backends}
+        _tables[op] = self
 
     def __getitem__(self, name: str) -> Backend:
         return self._by_name[name]
@@ -55,9 +60,9 @@ class Table:
         """The backend for a call with these arguments. Raises BackendError with every reason."""
         forced = forced_backend()
         if forced is None:
-            for backend in self.backends:
-                if backend.supports(*args, **kwargs) is None:
-                    return backend
+            for candidate in self.backends:
+                if candidate.supports(*args, **kwargs) is None:
+                    return candidate
             raise BackendError(f"no backend serves this call of {self.op}:\n{self.explain(*args, **kwargs)}")
         backend = self._by_name.get(forced)
         if backend is None:
@@ -84,15 +89,42 @@ class Table:
 
 
 def forced_backend() -> str | None:
-    """The backend asked for by `use_backend` or the environment, if any."""
-    return _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    """The backend asked for by `use_backend` or the environment, if any.
+
+    A compiled function follows `use_backend`; the environment it reads once, when it is compiled.
+    """
+    return _forced or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def explain(op: str | Table, *args: Any, **kwargs: Any) -> str:
+    """Which backends serve a call of an op with these arguments, which one (*) is chosen, and why not the others.
+
+    >>> print(explain("linear_cross_entropy", input, linear_weight, target))
+
+    `op` is a table, its name, or the name's part before a dot, which stands for all tables of that op (schedules that
+    are chosen between by other means). The module that declares the op must have been imported. Raises BackendError for
+    an unknown name.
+    """
+    if isinstance(op, Table):
+        tables = [op]
+    else:
+        tables = [table for name, table in _tables.items() if name == op or name.startswith(f"{op}.")]
+    if not tables:
+        known = ", ".join(sorted(_tables)) or "none; import the op first"
+        raise BackendError(f"no op is called {op!r} (known: {known})")
+    forced = forced_backend()
+    lines = [] if forced is None else [f"backend {forced!r} is forced by use_backend or {ENVIRONMENT_VARIABLE}"]
+    for table in tables:
+        lines += [table.op, table.explain(*args, **kwargs)]
+    return "\n".join(lines)
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one backend for all ops called inside; None lifts an outer `use_backend`."""
-    token = _forced.set(name)
+    """Force one backend for all ops that the process calls meanwhile; None lifts an outer `use_backend`."""
+    global _forced
+    outer, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = outer

@@ -21,20 +21,22 @@ def assert_no_worse(
     name: str = "result",
     factor: float = 1.25,
     ulps: float = 2.0,
+    atol: float = 0.0,
     dim: int | None = None,
 ) -> None:
     """Assert that `actual` is no further from `fp64_reference` than PyTorch's result in the same dtype.
 
     error = lambda x: (x.double() - fp64_reference).abs()
     scale = fp64_reference.abs().amax(dim)
-    assert error(actual).amax(dim) <= factor * error(same_dtype_reference).amax(dim) + ulps * finfo(dtype).eps * scale
-    assert the same of the root mean square over the whole tensor, of the error and of the scale
+    tolerance = ulps * torch.finfo(actual.dtype).eps * scale + atol
+    assert error(actual).amax(dim) <= factor * error(same_dtype_reference).amax(dim) + tolerance
+    assert the same of the root mean square over the whole tensor, of the errors and of the scale
 
-    `ulps` is for tensors so small that the comparison would be of two rounding errors' luck. `dim` compares slice by
-    slice along the remaining dimensions (rows whose magnitudes differ by orders); None compares the whole tensor.
-    NaN and infinities must be where the fp64 result has them, with the same sign. Where only PyTorch's result in that
-    dtype is not finite (an overflow), any value passes. Shapes, and the dtypes of `actual` and
-    `same_dtype_reference`, must be equal.
+    `ulps` is for tensors so small that the comparison would be of two rounding errors' luck, `atol` for differences of
+    terms that are much larger than the result: a few roundings of the terms. `dim` compares slice by slice along the
+    remaining dimensions (rows whose magnitudes differ by orders); None compares the whole tensor. NaN and infinities
+    must be where the fp64 result has them, with the same sign. Where only PyTorch's result in that dtype is not finite
+    (an overflow), any value passes. Shapes, and the dtypes of `actual` and `same_dtype_reference`, must be equal.
     """
     assert actual.shape == fp64_reference.shape == same_dtype_reference.shape, (
         f"{name}: shape {tuple(actual.shape)}, PyTorch's {tuple(same_dtype_reference.shape)}, "
@@ -66,7 +68,7 @@ def assert_no_worse(
     def worst(x: Tensor) -> Tensor:
         return x.amax() if dim is None else x.amax(dim, keepdim=True)
 
-    limit = factor * worst(allowed) + ulps * eps * worst(scale)
+    limit = factor * worst(allowed) + ulps * eps * worst(scale) + atol
     if (worst(error) > limit).any():
         excess = error - limit
         at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
@@ -79,7 +81,7 @@ def assert_no_worse(
     def rms(x: Tensor) -> float:
         return x.square().mean().sqrt().item()
 
-    if rms(error) > factor * rms(allowed) + ulps * eps * rms(scale):
+    if rms(error) > factor * rms(allowed) + ulps * eps * rms(scale) + atol:
         raise AssertionError(
             f"{name}: root mean square error {rms(error):.3e}, PyTorch's {rms(allowed):.3e}, scale {rms(scale):.3e}"
         )

@@ -24,7 +24,7 @@ class Prepare(PrepareConfig):
 
     Reads .txt .md .py (a file is a document), .jsonl .csv .parquet (a row is a document), also .gz and .zst of these.
     Drops exact duplicates, holds documents out for validation, trains a tokenizer on the rest or reuses one, and writes
-    shards. A corpus larger than memory works. What cannot be read is counted, and listed in problems.jsonl.
+    shards. A corpus larger than memory works. What cannot be read is counted, and listed in problems.log.
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
@@ -32,7 +32,7 @@ class Prepare(PrepareConfig):
     out: Path
     """Folder to write; must not exist, or be empty."""
 
-    def run(self) -> int:
+    def __call__(self) -> int:
         """Raises UserError for bad input."""
         console = Console()
         config = PrepareConfig(**{f.name: getattr(self, f.name) for f in fields(PrepareConfig)})
@@ -64,7 +64,7 @@ def show(prepared: Prepared, console: Console) -> None:
     for kind, count in report["problems"].items():
         lines.append(f"{kind}: {count:,}, e.g. {report['examples'][kind][0]}")
     if report["problems"]:
-        lines.append(f"every problem with its place: {prepared.folder / 'problems.jsonl'}")
+        lines.append(f"every problem with its place: {prepared.folder / 'problems.log'}")
     if report["unknown_tokens"]:
         lines.append(f"unknown tokens: {report['unknown_tokens']:,} (this tokenizer does not cover all of the text)")
     lines.append(

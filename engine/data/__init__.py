@@ -7,6 +7,6 @@ prepare.py     the pipeline: duplicates, split, tokenizer, shards, manifest; `ho
 shards.py      the stored corpus: memory-mapped, headered, checked
 packing.py     which pieces of documents share a sequence: planned once, kept beside the shards
 order.py       (seed, step) -> which packs
-batches.py     (seed, step, rank) -> tensors; assembled ahead by prefetch.py
+batches.py     (seed, step, rank) -> tensors, assembled ahead of the step
 evaluation.py  held-out documents -> tensors, every token scored once
 """

@@ -22,10 +22,10 @@ from hotloop.engine.errors import UserError
 
 OnBadEncoding = Literal["replace", "skip", "error"]
 
-CHUNK = 1 << 20
-SEGMENT = 1 << 20
+CHUNK = 1 << 17
+SEGMENT = 1 << 17
 """Characters after which a text file is cut, at the next place where no tokenizer of the field joins tokens."""
-LONGEST_SEGMENT = 1 << 23
+LONGEST_SEGMENT = 1 << 21
 """Characters after which it is cut anywhere."""
 REPLACEMENT = "\ufffd"
 

@@ -16,6 +16,7 @@ from hotloop.engine.errors import UserError
 PERIOD = 1 << 12
 """Positions after which the mixture repeats; weights are met to 1 / PERIOD."""
 ROUNDS = 8
+SORTED_BELOW = 1 << 10
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -41,13 +42,19 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Image of `index` (int64, 0 <= index < n) under the permutation of range(n) that `key` names.
 
     A balanced Feistel network over the next power of four; values that fall beyond n are sent through again until they
-    fall inside (cycle walking: Black and Rogaway 2002), fewer than four times on average.
+    fall inside (cycle walking: Black and Rogaway 2002), fewer than four times on average. Below `SORTED_BELOW` random
+    numbers are sorted instead: on halves of two or three bits the network favours some permutations (27 standard
+    deviations from uniform in 40,000 keys at n = 3).
 
     Parameters:
         index: (m,) int64
         key: (m,) or (1,) uint64
     """
-    half = max(2, -(-max(n - 1, 1).bit_length() // 2))
+    if n < SORTED_BELOW:
+        names, which = np.unique(key, return_inverse=True)
+        draws = mix(names[:, None] ^ mix(np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)))
+        return np.argsort(draws, axis=1, kind="stable")[np.broadcast_to(which.reshape(-1), index.shape), index]
+    half = -(-(n - 1).bit_length() // 2)
     low = np.uint64((1 << half) - 1)
     high = np.uint64(half)
     shift = np.uint64(64 - half)

@@ -14,7 +14,6 @@ its own; remainders are packed best-fit-decreasing. No token is cropped, dropped
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from typing import IO
 
 import numpy as np
 
-from hotloop.engine.data.shards import Split, digest, fsync_folder
+from hotloop.engine.data.files import unfinished_name
+from hotloop.engine.data.shards import MappedFile, Split, digest, fsync_folder
 from hotloop.engine.errors import UserError
 
 PLANNED_TOGETHER = 1 << 17
@@ -136,10 +136,11 @@ class Packs:
         tokens_at = packs_at + 8 * (self.n_packs + 1)
         if size != tokens_at + 4 * self.n_packs:
             raise UserError(f"{path}: truncated or too long ({size} bytes, expected {tokens_at + 4 * self.n_packs})")
-        self._starts = _map(path, "<i8", HEADER_BYTES, self.n_pieces)
-        self._lengths = _map(path, "<i4", lengths_at, self.n_pieces)
-        self._packs = _map(path, "<i8", packs_at, self.n_packs + 1)
-        self._tokens = _map(path, "<i4", tokens_at, self.n_packs)
+        self.map = MappedFile(path)
+        self._starts = self.map.array("<i8", HEADER_BYTES, self.n_pieces)
+        self._lengths = self.map.array("<i4", lengths_at, self.n_pieces)
+        self._packs = self.map.array("<i8", packs_at, self.n_packs + 1)
+        self._tokens = self.map.array("<i4", tokens_at, self.n_packs)
 
     @classmethod
     def of(cls, split: Split, context: int, folder: Path | None = None) -> Packs:
@@ -186,13 +187,9 @@ class Packs:
             raise UserError(f"{self.path}: altered; remove it, it is planned again from the shards")
 
 
-def _map(path: Path, dtype: str, at: int, count: int) -> np.ndarray:
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", offset=at, shape=(count,)))
-
-
 def _write(path: Path, split: Split, context: int) -> None:
     """Plan into temporary sections, then join them aside and rename."""
-    aside = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    aside = path.with_name(unfinished_name(path.name))
     folder = path.parent
     with (
         tempfile.TemporaryFile(dir=folder) as starts,

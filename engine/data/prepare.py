@@ -13,7 +13,6 @@ import dataclasses
 import heapq
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +24,13 @@ from typing import Any, Literal
 import numpy as np
 
 from hotloop.engine.data.documents import Documents, OnBadEncoding, Segment
-from hotloop.engine.data.files import Report, printable, walk
+from hotloop.engine.data.files import Report, printable, unfinished_name, walk
 from hotloop.engine.data.shards import MANIFEST_FORMAT, VERSION, SplitWriter, fsync_folder
 from hotloop.engine.data.tokenizer import END_TOKEN, Encoder, Kind, load_tokenizer, train_tokenizer
 from hotloop.engine.errors import UserError
 
 TRAIN, VALIDATION = "train", "validation"
-BATCH_CHARACTERS = 1 << 22
+BATCH_CHARACTERS = 1 << 20  # the library's encodings take 50 times the memory of their text
 BATCH_SEGMENTS = 1 << 12
 
 _TO_TRAIN, _TO_VALIDATION, _DUPLICATE = range(3)
@@ -84,10 +83,11 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
     Raises UserError for bad input, and for an `out` that exists and is not empty; whatever fails, nothing is left under
     the name `out`.
     """
+    out = Path(os.path.abspath(out))
     _check(config, paths, out)
     started = time.perf_counter()
     seconds = {}
-    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer, config.end_token)
+    tokenizer_json = None if config.tokenizer is None else load_tokenizer(config.tokenizer, config.end_token)
     # Every path, before anything is read or written.
     group_bytes: dict[str, int] = {}
     for file in walk(paths, config.exclude):
@@ -98,18 +98,18 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
         paths, text_field=config.text_field, on_bad_encoding=config.on_bad_encoding, exclude=config.exclude
     )
     with _written_aside(out) as folder:
-        with open(folder / "problems.jsonl", "w", encoding="utf-8") as sink:
+        with open(folder / "problems.log", "w", encoding="utf-8") as sink:
             report = Report(sink=sink)
             scan = _scan(track("scan", documents.read(report)), config, held_out)
             sink.flush()
             os.fsync(sink.fileno())
         seconds["scan"] = time.perf_counter() - started
 
-        if tokenizer is None:
+        if tokenizer_json is None:
             track.say("train tokenizer")
-            tokenizer = train_tokenizer(scan.sample.texts(), config.kind, config.vocab_size)
+            tokenizer_json = train_tokenizer(scan.sample.texts(), config.kind, config.vocab_size)
         scan.sample.clear()
-        encoder = Encoder(tokenizer, config.end_token)
+        encoder = Encoder(tokenizer_json, config.end_token)
         seconds["tokenizer"] = time.perf_counter() - started - sum(seconds.values())
 
         splits, unknown = _encode(track("encode", documents.read(Report())), scan, encoder, folder, config)
@@ -335,7 +335,7 @@ class _written_aside:
 
     def __init__(self, out: Path):
         self.out = out
-        self.aside = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+        self.aside = out.parent / unfinished_name(out.name)
 
     def __enter__(self) -> Path:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +22,17 @@ BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 UNIGRAM_UNKNOWN = "<unk>"
 
 
-def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 16_384) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 16_384) -> str:
     """Train on `texts`; special tokens come first, `<|endoftext|>` among them.
+
+    Returns the content of a tokenizer.json.
 
     - bpe: byte-level with GPT-2's pre-tokenizer. Lossless: every text decodes to itself, no token is unknown.
     - wordpiece: BERT's normalizer (case kept) and pre-tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK].
     - unigram: NFKC, spaces as part of the following word, newlines apart; characters never seen in training are <unk>.
+
+    The same texts give the same bpe and wordpiece tokenizer in every run; the library's unigram training does not
+    repeat itself (it sums probabilities in the order its threads finish).
 
     Raises UserError if `vocab_size` cannot hold the special tokens and the alphabet.
     """
@@ -44,8 +51,17 @@ def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
+        # The library numbers continuing characters in the order of a hash map, which changes from run to run, and ties
+        # between merges follow the numbers. Named as special tokens they are numbered first, in our order.
+        texts = list(texts)
+        alphabet = _frequent_characters(texts, tokenizer)
+        continuing = ["##" + c for c in alphabet if len(tokenizer.pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=[*BERT_TOKENS, END_TOKEN], show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=[*BERT_TOKENS, END_TOKEN, *continuing],
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
         )
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
@@ -72,28 +88,43 @@ def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > vocab_size:
         raise UserError(f"vocab_size = {vocab_size}: the characters and special tokens of {kind} alone are {size}")
-    return tokenizer
+    described = json.loads(tokenizer.to_str())
+    if kind == "wordpiece":
+        described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] not in continuing]
+    return json.dumps(described, indent=2, ensure_ascii=False)
 
 
-def load_tokenizer(path: Path, end_token: str = END_TOKEN) -> Tokenizer:
-    """Read a tokenizer.json (or the folder that holds it). Raises UserError if it lacks `end_token`."""
+def _frequent_characters(texts: Iterable[str], tokenizer: Tokenizer, limit: int = 1000) -> list[str]:
+    """The `limit` most frequent visible characters after normalization, in code-point order."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(tokenizer.normalizer.normalize_str(text))
+    visible = [character for character in counts if not character.isspace()]
+    return sorted(sorted(visible, key=lambda c: (-counts[c], c))[:limit])
+
+
+def load_tokenizer(path: Path, end_token: str = END_TOKEN) -> str:
+    """The JSON of a tokenizer.json (or of the folder that holds it), without what it truncates or pads to.
+
+    Raises UserError if it is none, or lacks `end_token`.
+    """
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from error
-    # What a saved tokenizer truncates or pads to would crop documents.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     if tokenizer.token_to_id(end_token) is None:
         special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
         raise UserError(
             f"{path}: no token {end_token!r} to end documents with; name one with --end-token "
             f"(special tokens: {', '.join(map(repr, special)) or 'none'})"
         )
-    return tokenizer
+    # Edited here and not by the library, whose reader rounds a unigram model's scores anew each time.
+    # A truncation would crop documents.
+    return json.dumps({**json.loads(text), "truncation": None, "padding": None}, indent=2, ensure_ascii=False)
 
 
 def canonical_json(tokenizer_json: str) -> str:
@@ -112,8 +143,8 @@ class Encoder:
     can end another. Nothing is added around a document.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_token: str = END_TOKEN):
-        self.json = tokenizer.to_str(pretty=True)
+    def __init__(self, tokenizer_json: str, end_token: str = END_TOKEN):
+        self.json = tokenizer_json
         self.tokenizer = Tokenizer.from_str(self.json)
         self.tokenizer.encode_special_tokens = True  # the library's name for "as ordinary text"
         self.hash = tokenizer_hash(self.json)
@@ -127,10 +158,36 @@ class Encoder:
         if self.unknown_id is None and model.get("unk_token") is not None:
             self.unknown_id = self.tokenizer.token_to_id(model["unk_token"])
 
+        special = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        special = {**special, self.end_id: end_token}
+        if self.unknown_id is not None:
+            special.pop(self.unknown_id, None)
+        self._is_special = np.zeros(self.vocab_size, dtype=bool)
+        self._is_special[list(special)] = True
+        # Between the first character of a special token's text and the rest.
+        inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in special.values() if len(text) > 1)
+        self._inside_special = re.compile("|".join(inside) or "(?!)")
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of ids per text, in `dtype`."""
+        """One array of ids per text, in `dtype`. Raises UserError for a text that cannot be kept from being special."""
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # without offsets: 1.6x
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        out = [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        for number, tokens in enumerate(out):
+            if self._is_special[tokens].any():
+                out[number] = self._encode_apart(texts[number])
+        return out
+
+    def _encode_apart(self, text: str) -> np.ndarray:
+        """Encode a text that holds what the model's own vocabulary has as a special token (unigram): cut inside it."""
+        encodings = self.tokenizer.encode_batch_fast(self._inside_special.split(text), add_special_tokens=False)
+        tokens = np.array([i for encoding in encodings for i in encoding.ids], dtype=self.dtype)
+        special = tokens[self._is_special[tokens]]
+        if len(special):
+            name = self.tokenizer.id_to_token(int(special[0]))
+            raise UserError(
+                f"ordinary text encodes to the special token {name!r}; choose another --end-token or tokenizer"
+            )
+        return tokens
 
 
 def dtype_of(vocab_size: int) -> np.dtype:

@@ -66,7 +66,11 @@ def duration(seconds: float) -> str:
 def _status(summary: Mapping[str, Any]) -> str:
     steps, planned = summary["steps"], summary["planned_steps"]
     done = f"{steps:,} steps" if planned is None else f"{steps:,} of {planned:,} steps"
-    state = "complete" if summary["complete"] else "stopped before its planned end" if planned else "unknown plan"
+    if summary["complete"]:
+        state = "complete"
+    else:
+        state = "stopped before its planned end" if planned else "unknown plan"
+        state += f" ({summary['end']})" if summary["end"] else ""
     return f"{done} in {duration(summary['seconds'])}, {state}"
 
 

@@ -87,8 +87,13 @@ class Run:
     @property
     def seconds(self) -> float:
         """Wall time of the run, resumptions included."""
-        stepping = float(np.nansum(self.train["ms"])) / 1e3
+        stepping = float(np.nansum(self.train["ms"]) + np.nansum(self.train["checkpoint_stall_ms"])) / 1e3
         return max(self.train.last("seconds") or 0.0, stepping + float(np.nansum(self.evaluations["seconds"])))
+
+    @property
+    def end(self) -> str | None:
+        """Why the run ended, in its own words."""
+        return next((str(e.get("message")) for e in reversed(self.events) if e.get("name") == "ended"), None)
 
 
 def read_run(folder: Path | str) -> Run:
@@ -171,6 +176,7 @@ def summarize(run: Run, extra: Mapping[str, Any] | None = None) -> dict[str, Any
         "format": 1,
         "name": run.folder.resolve().name,
         "complete": run.planned_steps is not None and run.steps >= run.planned_steps,
+        "end": run.end,
         "steps": run.steps,
         "planned_steps": run.planned_steps,
         "seconds": run.seconds,

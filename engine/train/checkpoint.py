@@ -143,7 +143,7 @@ def latest(folder: Path) -> Latest:
     `checkpoint` is None where none verifies; if `rejected` then has entries, the run had checkpoints and lost them, and
     starting it again from nothing should be somebody's decision.
     """
-    rejected = []
+    rejected: list[Rejected] = []
     for path in reversed(_folders(folder)):
         try:
             return Latest(verify(path), rejected)

@@ -180,4 +180,4 @@ def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield memoryview(flat.view(torch.uint8).numpy())
+        yield flat.view(torch.uint8).numpy().data

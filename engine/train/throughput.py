@@ -112,22 +112,22 @@ class Peak:
 def measure_matmul_peak(device: torch.device | str, dtype: torch.dtype, *, seconds: float = 1.0) -> Peak:
     """FLOP/s of torch.mm on square matrices: for each size the median of some runs, and of these the highest.
 
-    Sizes double from 256 while the time allows. Uses about `seconds`, less on a fast machine; never called in the loop.
+    Sizes double from 256 until one product takes `seconds` / 32. Takes about `seconds`; never called in the loop.
     """
     device = torch.device(device)
-    largest, deadline = (8192 if device.type == "cuda" else 4096), time.perf_counter() + seconds
+    largest = 8192 if device.type == "cuda" else 4096
     best, size = Peak(0.0, "", 0), 256
     while True:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
         out = torch.empty(size, size, dtype=dtype, device=device)
-        share = (deadline - time.perf_counter()) / 2
-        times = _sample(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, share)  # type: ignore[misc]
+        times = _sample(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 8)  # type: ignore[misc]
         median = statistics.median(times)
         if (rate := 2 * size**3 / median) > best.rate:
             best = Peak(rate, f"mm {size} x {size} x {size} {str(dtype).removeprefix('torch.')}", len(times))
-        # Eight times the work at the next size, at least a warm-up and three samples of it.
-        if size == largest or 8 * median * 4 > deadline - time.perf_counter():
+        # The next size has eight times the work, and takes at least four runs. Judged by the fastest sample: on a busy
+        # machine the median of small products says how long threads wait for each other, which large ones hide.
+        if size == largest or min(times) > seconds / 32:
             return best
         size *= 2
 

@@ -5,6 +5,7 @@ Letters: B batch, S segments, Tq and Tk positions, Hq and Hk heads (Hk divides H
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ def _forward(
             cu_seqlens_k = cu_seqlens_q
         else:
             _check_boundaries("k", cu_seqlens_k, k.shape[0], options.max_seqlen_k)
-    return TABLE[backend].forward(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options)
+    with _without_autocast(q.device.type):
+        return TABLE[backend].forward(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options)
 
 
 def _backward(
@@ -83,7 +85,13 @@ def _backward(
     assert function is not None
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     shared = (q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, Options(*fields))
-    return function(do, dlse, *shared, list(needs))
+    with _without_autocast(q.device.type):
+        return function(do, dlse, *shared, list(needs))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast stays in force inside an op's implementation; there it would round fp32 arithmetic to 16 bits."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _check_boundaries(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:

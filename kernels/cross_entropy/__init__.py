@@ -1,0 +1,28 @@
+"""Cross entropy of logits, and of a projection whose logits never exist all at once.
+
+| name                         |                                                                       |
+|------------------------------|-----------------------------------------------------------------------|
+| `cross_entropy`              | loss of logits                                                        |
+| `linear_cross_entropy`       | loss of hidden states and a projection weight                         |
+| `linear_cross_entropy_stats` | the same with nll, lse, z_loss, entropy, correct, predicted, n_valid  |
+| `LinearCrossEntropy`         | the projection and its loss as a module                               |
+
+Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks), `op.py`
+and `linear.py` (operators and public functions).
+"""
+
+from hotloop.kernels.cross_entropy.linear import (
+    LinearCrossEntropyOutput,
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+)
+from hotloop.kernels.cross_entropy.module import LinearCrossEntropy
+from hotloop.kernels.cross_entropy.op import cross_entropy
+
+__all__ = [
+    "LinearCrossEntropy",
+    "LinearCrossEntropyOutput",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_cross_entropy_stats",
+]

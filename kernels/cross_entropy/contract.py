@@ -15,12 +15,13 @@ Legend: N = rows, D = width of a row, V = vocabulary. With raw logits z (N, V), 
 and 0 (predicted: -1) in rows whose target is ignore_index. For the sum over rows of
 drow * row + dnll * nll + dlse * lse + dentropy * entropy the gradient with respect to x is
 
-    dx = p * a - dentropy * p * (x - lse + entropy) - b * onehot(target) - c * w
+    dx = b * (p - onehot(target)) + a * p - c * w - dentropy * p * (x - lse + entropy)
     b = drow * token_weight * (1 - label_smoothing) * w[target] + dnll
     c = drow * token_weight * label_smoothing / V
-    a = b + c * sum(w) + drow * token_weight * 2 * z_loss * lse + dlse
+    a = c * sum(w) + drow * token_weight * 2 * z_loss * lse + dlse
 
-(nll's own p term is in a through b), and dz = dx * logit_scale * (1 - (x / softcap) ** 2).
+and dz = dx * logit_scale * (1 - (x / softcap) ** 2). In the target's column b * (p - 1) must be computed as such:
+(a + b) * p - b has the rounding error of b where p is near 1.
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ class Coefficients(NamedTuple):
     c: Tensor | None  # (N,), None: zero
     dentropy: Tensor | None  # (N,), None: zero
 
+    def rows(self, block: slice) -> Coefficients:
+        c, dentropy = (None if x is None else x[block] for x in (self.c, self.dentropy))
+        return Coefficients(self.a[block], self.b[block], c, dentropy)
+
 
 def row_coefficients(
     upstream: Upstream,
@@ -109,21 +114,20 @@ def row_coefficients(
 ) -> Coefficients:
     """The gradient formula's factors of each row."""
     valid = target != options.ignore_index
-    zero = torch.zeros_like(lse)
-    a, b, c = zero, zero, None
+    a = b = torch.zeros_like(lse)
+    c = None
     if upstream.loss is not None:
         drow = upstream.loss if token_weight is None else upstream.loss * token_weight
         b = drow * (1 - options.label_smoothing)
         if weight is not None:
             b = b * weight[torch.where(valid, target, 0)]
-        a = b
         if options.label_smoothing:
             c = drow * (options.label_smoothing / n_classes)
-            a = a + c * (n_classes if weight is None else weight.sum())
+            a = c * (n_classes if weight is None else weight.sum())
         if options.z_loss:
             a = a + drow * (2 * options.z_loss) * lse
     if upstream.nll is not None:
-        a, b = a + upstream.nll, b + upstream.nll
+        b = b + upstream.nll
     if upstream.lse is not None:
         a = a + upstream.lse
     return Coefficients(

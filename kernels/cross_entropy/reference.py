@@ -1,4 +1,4 @@
-"""The formula of `contract.py` in PyTorch: the definition of right. Any device, fp64 capable, nothing reused in place."""
+"""The formula of `contract.py` in PyTorch: the definition of right. Any device, fp64 capable, nothing in place."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def rows_forward(
         row = token_weight * row
     p = logp.exp()
     entropy = -(p * torch.where(p == 0, 0.0, logp)).sum(-1)  # p log p is 0 where p is
-    predicted = x.argmax(-1) if x.shape[-1] else target
-    return Rows(*(torch.where(valid, r, 0.0) for r in (row, nll, lse, entropy)), torch.where(valid, predicted, -1))
+    predicted = x.argmax(-1)
+    row, nll, lse, entropy = (torch.where(valid, r, 0.0) for r in (row, nll, lse, entropy))
+    return Rows(row, nll, lse, entropy, torch.where(valid, predicted, -1))
 
 
 def rows_backward(
@@ -66,14 +67,14 @@ def rows_backward(
     )
     logp = x.log_softmax(-1)
     p = logp.exp()
-    dx = p * a[:, None]
+    onehot = torch.zeros_like(p).scatter_(-1, at[:, None], 1.0)
+    dx = b[:, None] * (p - onehot) + a[:, None] * p
     if dentropy is not None:
         finite_logp = torch.where(p == 0, 0.0, logp)
         entropy = -(p * finite_logp).sum(-1)
         dx = dx - dentropy[:, None] * p * (finite_logp + entropy[:, None])
     if c is not None:
         dx = dx - (c[:, None] if weight is None else c[:, None] * weight)
-    dx = dx.scatter_add(-1, at[:, None], -b[:, None])
     dx = dx * options.logit_scale
     if options.softcap is not None:
         dx = dx * (1 - (x / options.softcap).square())
@@ -135,11 +136,11 @@ def linear_backward(
     # A row that is ignored isn't projected at all, so that what is in it (NaN too) reaches no gradient.
     valid = (target != options.ignore_index)[:, None]
     h = torch.where(valid, input.to(dlogits.dtype), 0.0)
-    none = input.new_empty(0)
+    dh = (dlogits @ linear_weight.to(dlogits.dtype)).where(valid, 0.0)
     return Gradients(
-        (dlogits @ linear_weight.to(dlogits.dtype)).where(valid, 0.0).to(input.dtype) if needs.input else none,
-        (dlogits.T @ h).to(input.dtype) if needs.linear_weight else none,
-        dlogits.sum(0).to(input.dtype) if needs.linear_bias else none,
+        dh.to(input.dtype) if needs.input else input.new_empty(0),
+        (dlogits.T @ h).to(input.dtype) if needs.linear_weight else input.new_empty(0),
+        dlogits.sum(0).to(input.dtype) if needs.linear_bias else input.new_empty(0),
     )
 
 

@@ -252,7 +252,8 @@ class BaseOptimizer(torch.optim.Optimizer):
             skip = skip | (found_inf.to(device, non_blocking=True) != 0)
         factor = torch.ones((), dtype=torch.float32, device=device)
         if self.max_grad_norm is not None:
-            factor = (self.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+            # A tensor over a tensor: PyTorch computes a number over a tensor as its product with the reciprocal.
+            factor = (torch.full_like(norm, self.max_grad_norm) / (norm + CLIP_EPS)).clamp(max=1.0)
         if grad_scale is not None:
             factor = factor / grad_scale
         if self.grad_norm.device != device:  # the model was moved after the optimizer was made

@@ -30,8 +30,8 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, 
     for _ in range(rounds):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         # >> is arithmetic: the mask removes the sign that a product above 2^63 wraps to.
-        c0, c1 = (product1 >> 32).bitwise_and_(_WORD).bitwise_xor_(c1) ^ k0, product1 & _WORD
-        c2, c3 = (product0 >> 32).bitwise_and_(_WORD) ^ c3 ^ k1, product0 & _WORD
+        c0, c1 = ((product1 >> 32) & _WORD) ^ c1 ^ k0, product1 & _WORD
+        c2, c3 = ((product0 >> 32) & _WORD) ^ c3 ^ k1, product0 & _WORD
         k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _WORD, (k1 + _KEY_INCREMENTS[1]) & _WORD
     return list(torch.broadcast_tensors(c0, c1, c2, c3))
 
@@ -48,12 +48,8 @@ def random_bits(start: int, count: int, *, seed: int, step: Tensor, stream: int)
         (calls & _WORD, calls >> 32, step.to(torch.int64), torch.full((), stream, dtype=torch.int64, device=device)),
         (seed & _WORD, seed >> 32),
     )
-    halves = torch.empty(calls.numel(), 4, 2, dtype=torch.int32, device=device)
-    for word, pair in zip(words, halves.unbind(1), strict=True):
-        pair[:, 0] = word & 0xFFFF
-        pair[:, 1] = word >> 16
-    skip = start - first * ELEMENTS_PER_CALL
-    return halves.view(-1)[skip : skip + count]
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
+    return halves.view(-1).narrow(0, start - first * ELEMENTS_PER_CALL, count).to(torch.int32)
 
 
 def round_stochastic_(out: Tensor, x: Tensor, start: int, *, seed: int, step: Tensor, stream: int) -> None:
@@ -63,9 +59,9 @@ def round_stochastic_(out: Tensor, x: Tensor, start: int, *, seed: int, step: Te
     last bit that bf16 keeps and cuts. Values that bf16 holds stay as they are; so do inf and NaN.
     """
     for begin in range(0, x.numel(), _BLOCK):
-        part = x[begin : begin + _BLOCK]
+        part = x.narrow(0, begin, min(_BLOCK, x.numel() - begin))
         noise = random_bits(start + begin, part.numel(), seed=seed, step=step, stream=stream)
         # Noise on the bits of inf would make a NaN of it.
         noise = noise.masked_fill_(~part.isfinite(), 0)
         bits = noise.add_(part.view(torch.int32)).bitwise_and_(-0x10000)
-        out[begin : begin + _BLOCK].copy_(bits.view(torch.float32))
+        out.narrow(0, begin, part.numel()).copy_(bits.view(torch.float32))

@@ -39,23 +39,19 @@ def _supports_device(device: torch.device) -> str | None:
 
 
 def sum_of_squares(grads: list[Tensor]) -> Tensor:
-    """Sum of squares of all elements, () fp64: fp32 norms of 64K chunks, added in fp64 in a fixed order.
+    """Sum of squares of all elements, () fp64: fp32 sums over chunks, added in fp64 in a fixed order.
 
-    grads: any shapes, fp32 or bf16, one device. On CUDA a tensor whose sum of squares passes fp32's range counts as not
-    finite; on the CPU it is summed again in fp64.
+    grads: any shapes, fp32 or bf16, one device. Relative error below 1e-5. On CUDA a tensor whose sum of squares passes
+    fp32's range counts as not finite; on the CPU it is summed again in fp64.
     """
-    if grads[0].device.type == "cuda":
-        # The kernel cuts tensors into chunks of 65,536 itself.
+    if grads[0].device.type != "cpu":
+        # The CUDA kernel cuts tensors into chunks of 65,536 itself.
         norms = list(torch._foreach_norm(grads, 2, dtype=torch.float32))
         return reference.fixed_order_sum(torch.stack(norms).double().square_())
-    norms = []
-    for grad in grads:
-        chunks = grad.reshape(-1).split(reference.CHUNK)
-        if grad.dtype == torch.float32:
-            norms += torch._foreach_norm(chunks, 2)
-        else:
-            norms += [torch.linalg.vector_norm(chunk.float()) for chunk in chunks]
-    total = reference.fixed_order_sum(torch.stack(norms).double().square_())
+    # BLAS's dot product reads at the speed of memory: 30 M elements in 3.5 ms on two Zen 5 cores, 4.7 in chunks of 64K;
+    # `_foreach_norm` of whole tensors takes 4.1 and errs 60 times as much.
+    chunks = (chunk.float() for grad in grads for chunk in grad.reshape(-1).split(4 * reference.CHUNK))
+    total = reference.fixed_order_sum(torch.stack([torch.dot(x, x) for x in chunks]).double())
     if not total.isfinite():  # a CPU tensor: reading it waits for nothing
         return reference.sum_of_squares(grads)
     return total
@@ -79,6 +75,9 @@ def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
     for param, flat in zip(update.params, params, strict=True):
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
+    # The fused kernel does not tell autograd that it writes (torch 2.13): a backward pass through an old value would
+    # silently take the new one.
+    torch.autograd.graph.increment_version(update.params)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class _FusedStep:
         lr = group["lr"]
         if isinstance(lr, Tensor):
             # The CUDA kernel reads an fp32 scalar; the CPU one takes any, read on the host.
-            lr = lr.to(device, torch.float32, non_blocking=True) if device.type == "cuda" else lr.item()
+            lr = lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)
         self.step = update.step
         self.options: dict[str, Any] = {
             "lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"],
@@ -108,18 +107,18 @@ class _FusedStep:
 
 
 def _staged(update: Update, step: _FusedStep, params: list[Tensor], columns: list[list[Tensor]]) -> None:
-    # Measured on two Zen 5 cores, 30 M elements: 2^16 to 2^19 elements within 5 %, 2^22 15 % slower.
-    bucket = 1 << (18 if update.step.device.type == "cpu" else 24)
+    # Measured on two Zen 5 cores, 30 M bf16 parameters with masters: 2^16 36 ms, 2^18 30, 2^19 27, 2^20 27, 2^22 32.
+    bucket = 1 << (19 if update.step.device.type == "cpu" else 24)
     device = update.step.device
     narrow = [column[0].dtype != torch.float32 for column in columns]
     width = min(bucket, sum(p.numel() for p in params))
     staging = {i: torch.empty(width, dtype=torch.float32, device=device) for i, x in enumerate(narrow) if x}
     for pieces in _buckets([p.numel() for p in params], bucket):
-        stored = [[column[i][begin:end] for i, begin, end in pieces] for column in columns]
+        stored = [[column[i].narrow(0, begin, end - begin) for i, begin, end in pieces] for column in columns]
         sizes = [end - begin for _, begin, end in pieces]
         wide = list(stored)
         for i, buffer in staging.items():
-            wide[i] = list(buffer[: sum(sizes)].split(sizes))
+            wide[i] = list(buffer.narrow(0, 0, sum(sizes)).split(sizes))
             torch._foreach_copy_(wide[i], stored[i])
         step(wide)
         for i in staging:
@@ -133,7 +132,7 @@ def _staged(update: Update, step: _FusedStep, params: list[Tensor], columns: lis
                 start = update.starts[n] + begin
                 round_stochastic_(out, x, start, seed=update.seed, step=update.step, stream=stream)
         if update.masters is not None:
-            torch._foreach_copy_([params[i][begin:end] for i, begin, end in pieces], wide[0])
+            torch._foreach_copy_([params[i].narrow(0, begin, end - begin) for i, begin, end in pieces], wide[0])
 
 
 def _buckets(sizes: list[int], capacity: int) -> Iterator[list[tuple[int, int, int]]]:

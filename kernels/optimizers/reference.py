@@ -32,10 +32,11 @@ def sum_of_squares(grads: list[Tensor]) -> Tensor:
     sums = []
     for grad in grads:
         for part in grad.reshape(-1).split(_CHUNKS_AT_ONCE * CHUNK):
-            n = -(-part.numel() // CHUNK)
-            x = part.new_zeros(n * CHUNK, dtype=torch.float64)
-            x[: part.numel()] = part
-            sums.append(halving_sum(x.square_().view(n, CHUNK)))
+            n = part.numel() // CHUNK
+            whole, rest = part.double().square_().split([n * CHUNK, part.numel() - n * CHUNK])
+            sums.append(halving_sum(whole.view(n, CHUNK)))
+            if rest.numel():  # zeros up to the next power of two change no bit of what zeros up to a chunk give
+                sums.append(fixed_order_sum(rest).view(1))
     if not sums:
         return torch.zeros((), dtype=torch.float64)
     return fixed_order_sum(torch.cat(sums))
@@ -45,15 +46,15 @@ def fixed_order_sum(x: Tensor) -> Tensor:
     """Sum of x (N,) in an order that depends on N only."""
     width = 1 << max(x.numel() - 1, 0).bit_length()
     filled = x.new_zeros(width)
-    filled[: x.numel()] = x
+    filled.narrow(0, 0, x.numel()).copy_(x)
     return halving_sum(filled)
 
 
 def halving_sum(x: Tensor) -> Tensor:
     """Sum over the last dimension, whose size is a power of two."""
     while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
+        first, second = x.chunk(2, dim=-1)
+        x = first + second
     return x.squeeze(-1)
 
 
@@ -66,6 +67,16 @@ def adamw_scalars(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     step_size = lr / (1 - torch.pow(beta1, t))
     bias2_sqrt = torch.sqrt(1 - torch.pow(beta2, t))
     return decay.float(), step_size.float(), bias2_sqrt.float()
+
+
+def sqrt_rn(x: Tensor) -> Tensor:
+    """Square root of fp32 rounded to nearest. `torch.sqrt` is not: on the CPU it calls MKL (2024.2), whose root of a
+    random fp32 number was the second nearest in one of five draws.
+
+    The root of an fp32 number is at least 2^-51 of its size away from the middle of two fp32 numbers, so that an fp64
+    root that is off by an ulp still rounds the right way.
+    """
+    return torch.sqrt(x.double()).float()
 
 
 def device_scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -94,7 +105,7 @@ def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
         p = p * decay
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + g * (1 - beta2) * g
-        p = p - step_size * m / (torch.sqrt(v) / bias2_sqrt + eps)
+        p = p - step_size * m / (sqrt_rn(v) / bias2_sqrt + eps)
         for stream, (stored, new) in enumerate(((master, p), (exp_avgs[i], m), (exp_avg_sqs[i], v))):
             _store(stored, new, skip, update, update.starts[i], stream)
         if update.masters is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -110,6 +112,53 @@ def test_every_dtype_reads_back_through_safetensors(tmp_path: Path, dtype: torch
         assert torch.equal(loaded[name].contiguous().view(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
+def test_tensors_are_aligned_in_the_file(tmp_path: Path) -> None:
+    odd = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(5, dtype=torch.float64), "c": torch.zeros(7).half()}
+    files.write_synced(tmp_path / "t", files.safetensors_parts(odd))
+    data = (tmp_path / "t").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert size % 8 == 0
+    assert [header[name]["data_offsets"][0] % tensor.element_size() for name, tensor in odd.items()] == [0, 0, 0]
+
+
+def test_all_is_durable_before_it_has_a_name_and_the_name_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of fsync and rename, which a kill does not test and a power cut does."""
+    store = CheckpointStore(tmp_path, keep_last=1)
+    save(store, 1)
+    calls: list[str] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def traced_fsync(descriptor: int) -> None:
+        calls.append("fsync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path).as_posix())
+        fsync(descriptor)
+
+    def traced_replace(old: Path, new: Path) -> None:
+        calls.append(f"rename {old.name} {new.name}")
+        replace(old, new)
+
+    def traced_rmtree(path: Path, **options: object) -> None:
+        calls.append(f"delete {path.name}")
+        rmtree(path)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "replace", traced_replace)
+    monkeypatch.setattr(shutil, "rmtree", traced_rmtree)
+    save(store, 2)
+    aside, deleted = ".aside-step-00000002", ".aside-deleted-step-00000001"
+    assert calls == [
+        *[f"fsync {aside}/{name}" for name in FILES],
+        f"fsync {aside}",
+        f"rename {aside} step-00000002",
+        "fsync .",
+        f"rename step-00000001 {deleted}",
+        "fsync .",
+        f"delete {deleted}",
+    ]
+
+
 def test_a_dtype_that_safetensors_lacks_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     with pytest.raises(TypeError, match=r"'z' has dtype torch\.complex128"):
@@ -169,13 +218,14 @@ class Gate:
 def test_changes_after_save_async_do_not_reach_the_file(tmp_path: Path) -> None:
     gate = Gate("create")
     store = CheckpointStore(tmp_path, fault=gate)
-    tensors, state = tensors_of(3), {"step": 3, "lr": 0.1 * 3, "list": [1]}
+    numbers = [1]
+    tensors, state = tensors_of(3), {"step": 3, "lr": 0.1 * 3, "list": numbers}
     store.save_async(3, tensors, state)
     assert gate.reached.wait(20)
     for group in tensors.values():
         for tensor in group.values():
             tensor.zero_()
-    state["list"].append(2)
+    numbers.append(2)
     gate.open.set()
     store.wait()
     checkpoint = store.latest().checkpoint
@@ -395,7 +445,7 @@ DISK_POINTS = [
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("point", DISK_POINTS)
 def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, point: str, background: bool) -> None:
-    reached = []
+    reached: list[str] = []
 
     def fault(at: str) -> None:
         if at == point and not reached:
@@ -461,7 +511,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import save
-from hotloop.engine.train.checkpoint import CheckpointStore, latest
+from hotloop.engine.train.checkpoint import CheckpointError, CheckpointStore, latest, verify
 
 work = Path(sys.argv[2])
 
@@ -474,11 +524,19 @@ def prepare(folder, steps):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder)
 
+def broken(path):
+    try:
+        verify(path)
+        return False
+    except CheckpointError:
+        return True
+
 def describe(folder):
     found = latest(folder)
     c = found.checkpoint
     return {"step": c and c.step, "lr": c and c.state()["lr"], "w": c and c.tensors("model")["w"].sum().item(),
             "rejected": [r.reason for r in found.rejected],
+            "broken": [p.name for p in folder.glob("step-*") if broken(p)],
             "steps": sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")),
             "aside": sorted(p.name for p in folder.iterdir() if p.name.startswith("."))}
 
@@ -491,7 +549,7 @@ def child(body):
             os._exit(7)
     return pid
 
-def kill_at(folder, before, step, background, hard, count):
+def kill_at(folder, before, step, background, unlinks, hard, count):
     prepare(folder, before)
     def body():
         seen = [0]
@@ -500,7 +558,14 @@ def kill_at(folder, before, step, background, hard, count):
                 (folder.parent / "point").write_text(point)
                 os.kill(os.getpid(), signal.SIGKILL) if hard else os._exit(9)
             seen[0] += 1
-        save(CheckpointStore(folder, keep_last=1, keep_best=0, fault=fault), step, background=background)
+        unlink = os.unlink
+        def killing_unlink(name, **where):
+            fault(f"unlink {name}")
+            unlink(name, **where)
+        if unlinks:
+            os.unlink = killing_unlink
+        store = CheckpointStore(folder, keep_last=1, keep_best=0, fault=None if unlinks else fault)
+        save(store, step, background=background)
     _, status = os.waitpid(child(body), 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 7:
         return False  # the save came to its end: there is no point number `count`
@@ -538,7 +603,8 @@ def kill_at_random(folder, trials, seed):
 request = json.loads(sys.argv[3])
 if request["kind"] == "points":
     count = 0
-    while kill_at(work / "c", request["before"], request["step"], request["background"], count % 2 == 0, count):
+    arguments = [request[name] for name in ("before", "step", "background", "unlinks")]
+    while kill_at(work / "c", *arguments, count % 2 == 0, count):
         count += 1
 else:
     kill_at_random(work / "c", request["trials"], request["seed"])
@@ -566,7 +632,7 @@ def same(report: dict, step: int) -> bool:
 @pytest.mark.parametrize("background", [False, True])
 def test_killed_at_every_point_of_a_save(tmp_path: Path, background: bool) -> None:
     """Steps 1 and 2 exist, 3 is being written, and with keep_last 1 the older ones go."""
-    kills = run_kills(tmp_path, kind="points", before=[1, 2], step=3, background=background)
+    kills = run_kills(tmp_path, kind="points", before=[1, 2], step=3, background=background, unlinks=False)
     points = [kill["point"] for kill in kills]
     expected = [*(point for point in DISK_POINTS if point != "replace"), "verify", "delete", "done"]
     assert list(dict.fromkeys(points)) == [*(["snapshot"] if background else []), *expected]
@@ -577,7 +643,7 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path, background: bool) -> No
         assert kill["killed"], kill
         for moment in ("after", "opened"):
             assert same(kill[moment], 3 if index >= renamed else 2), kill
-            assert kill[moment]["rejected"] == [], kill
+            assert kill[moment]["rejected"] == kill[moment]["broken"] == [], kill
         assert kill["opened"]["aside"] == [], kill
         assert same(kill["then"], 4)
         assert kill["then"]["steps"] == ["step-00000004"]
@@ -585,16 +651,27 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path, background: bool) -> No
     assert any(kill["after"]["aside"] for kill in kills)
 
 
+def test_killed_inside_a_deletion(tmp_path: Path) -> None:
+    """Between any two files of the older checkpoints: no half-deleted folder has a checkpoint's name."""
+    kills = run_kills(tmp_path, kind="points", before=[1, 2], step=3, background=False, unlinks=True)
+    assert sorted(kill["point"] for kill in kills) == sorted(f"unlink {name}" for name in FILES * 2)
+    for kill in kills:
+        assert kill["killed"], kill
+        assert same(kill["after"], 3), kill
+        assert kill["after"]["broken"] == [], kill
+        assert kill["opened"]["aside"] == [], kill
+
+
 def test_killed_while_a_step_is_saved_again(tmp_path: Path) -> None:
     """Only step 2 exists and is saved again: at one point its name is gone, and opening the store brings it back."""
-    kills = run_kills(tmp_path, kind="points", before=[2], step=2, background=False)
+    kills = run_kills(tmp_path, kind="points", before=[2], step=2, background=False, unlinks=False)
     points = [kill["point"] for kill in kills]
     assert "replace" in points
     for kill in kills:
         assert kill["killed"], kill
         assert same(kill["opened"], 2), kill
         assert kill["opened"]["aside"] == [], kill
-        assert kill["opened"]["rejected"] == [], kill
+        assert kill["opened"]["broken"] == [], kill
         assert kill["after"]["step"] == (None if kill["point"] == "replace" else 2), kill
         assert same(kill["then"], 3)
 
@@ -605,7 +682,7 @@ def check_random_kills(tmp_path: Path, trials: int) -> None:
     assert len(kills) == trials
     for kill in kills:
         print(kill["trial"], f"killed after {kill['delay']:.3f} s, {kill['finished']} reported, seed {seed}")
-        assert kill["after"]["rejected"] == [], kill
+        assert kill["after"]["broken"] == [], kill
         assert same(kill["after"], kill["after"]["step"]), kill
         # What was reported as saved is there; one more may have been finished without the report.
         assert kill["after"]["step"] in (kill["finished"], kill["finished"] + 1), kill

@@ -27,7 +27,9 @@ def test_round_trip(tmp_path):
 
 def test_overrides(tmp_path):
     path = write(tmp_path, "[train]\nsteps = 7\n")
-    recipe = load_recipe(path, ["train.steps=9", "schedule.kind=trapezoid", "optimizer.max_grad_norm=none", "data.path=a b"])
+    recipe = load_recipe(
+        path, ["train.steps=9", "schedule.kind=trapezoid", "optimizer.max_grad_norm=none", "data.path=a b"]
+    )
     assert (recipe.train.steps, recipe.schedule.kind, recipe.optimizer.max_grad_norm) == (9, "trapezoid", None)
     assert recipe.data.path == "a b"
 

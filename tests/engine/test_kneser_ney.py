@@ -21,13 +21,14 @@ class Slow:
     """The formula over dictionaries. Start and end of a document are two symbols here, not one code."""
 
     def __init__(self, documents: list[bytes], context: int):
-        occurrences = Counter()
+        occurrences: Counter[tuple] = Counter()
         for document in documents:
             symbols = [START] * context + list(document) + [END]
             occurrences.update(tuple(symbols[i - context : i + 1]) for i in range(context, len(symbols)))
-        self.counts = {context: occurrences}
+        self.counts: dict[int, dict[tuple, int]] = {context: occurrences}
         for m in range(context - 1, -1, -1):
-            before, total = defaultdict(set), Counter()
+            before: dict[tuple, set] = defaultdict(set)
+            total: Counter[tuple] = Counter()
             for ngram, n in occurrences.items():
                 before[ngram[context - m :]].add(ngram[context - m - 1])
                 total[ngram[context - m :]] += n

@@ -205,7 +205,7 @@ def test_steps_leave_in_order_as_their_copies_arrive() -> None:
     events = [FakeEvent() for _ in range(4)]
     for step, event in enumerate(events, start=1):
         pending.push(step, {"loss": torch.tensor(float(step))})
-        pending._pending[-1].copied = event  # type: ignore[assignment]
+        pending._pending[-1].copied = event
     assert pending.drain() == []
     events[1].arrived = True  # of step 2: step 1 still holds it back
     assert pending.drain() == []

@@ -191,6 +191,7 @@ def test_page_is_self_contained_and_safe(tmp_path: Path) -> None:
     ("lines", "steps", "shown"),
     [
         ([train_line(s) for s in range(1, 41)], 100, "40 of 100 steps in 4 s, stopped before its planned end"),
+        ([train_line(1), event_line(1, "ended", "SIGTERM")], 100, "stopped before its planned end (SIGTERM)"),
         ([train_line(s) for s in range(1, 41)], None, "40 steps in 4 s"),
         ([train_line(1)], 1, "1 of 1 steps"),
         ([train_line(1, loss=None, grad_norm=None, mfu=None)], 1, "1 of 1 steps"),
@@ -202,6 +203,7 @@ def test_page_is_self_contained_and_safe(tmp_path: Path) -> None:
     ],
     ids=[
         "interrupted",
+        "signal",
         "no config",
         "one step",
         "nulls",

@@ -16,7 +16,7 @@ KINDS = ("cosine", "trapezoid", "linear", "constant")
 
 
 def rates(lr: float, total: int, **schedule: object) -> list[float]:
-    config = ScheduleConfig(**schedule)  # type: ignore[arg-type]
+    config = ScheduleConfig(**schedule)
     return [learning_rate(OptimizerConfig(lr=lr), config, step, total) for step in range(total)]
 
 
@@ -84,7 +84,7 @@ def test_short_runs(kind: str) -> None:
 
 def test_steps_after_the_end_keep_the_final_rate() -> None:
     for kind in ("cosine", "linear", "trapezoid"):
-        schedule = ScheduleConfig(kind=kind, final_lr_ratio=0.3)  # type: ignore[arg-type]
+        schedule = ScheduleConfig(kind=kind, final_lr_ratio=0.3)
         assert learning_rate(OptimizerConfig(lr=0.7), schedule, 1000, 10) == 0.7 * 0.3
 
 

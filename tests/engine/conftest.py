@@ -1,0 +1,58 @@
+"""A small corpus and a small recipe for the tests that train."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from hotloop.engine.config import Recipe, check, from_dict
+from hotloop.engine.data.prepare import PrepareConfig, prepare
+
+WORDS = "the a loss token model step gradient batch data shard learns forgets adds scales rests falls".split()
+
+
+def write_documents(folder: Path, n: int, seed: int = 0) -> Path:
+    """Sentences of few words: documents of 5 to 400 words, unlike each other."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True)
+    for i in range(n):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(5, 400))]
+        (folder / f"{i:03}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of 60 documents with a vocabulary of 300."""
+    root = tmp_path_factory.mktemp("corpus")
+    prepare(
+        [write_documents(root / "documents", 60)],
+        root / "shards",
+        PrepareConfig(vocab_size=300, validation_fraction=0.2),
+    )
+    return root / "shards"
+
+
+@pytest.fixture
+def recipe(corpus: Path):
+    """recipe(**sections) -> a tiny fp32 run; sections override fields."""
+
+    def make(**sections: dict) -> Recipe:
+        values: dict = {
+            "data": {"path": str(corpus), "workers": 0},
+            "model": {"context": 32, "n_layers": 2, "d_model": 32, "n_heads": 4},
+            "train": {"steps": 12, "global_batch": 8, "micro_batch": 8, "precision": "fp32", "device": "cpu"},
+            "schedule": {"warmup_steps": 2},
+            "evaluation": {"every": 6, "max_bytes": 4000},
+            "checkpoint": {"every": 4},
+            "log": {"every": 1, "tensorboard": False},
+        }
+        for name, fields in sections.items():
+            values[name] = {**values.get(name, {}), **fields}
+        made = from_dict(Recipe, values)
+        check(made)
+        return made
+
+    return make
