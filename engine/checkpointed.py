@@ -33,7 +33,7 @@ def load_run(folder: Path | str, which: Literal["last", "best"] = "last", device
         raise UserError(f"{folder} is not a run of hotloop (no config.toml): give the folder that pretrain wrote")
     recipe = from_dict(Recipe, load_toml(folder / "config.toml"), f"{folder / 'config.toml'}")
     store = folder / "checkpoints"
-    found = checkpoints.best(store) if which == "best" else checkpoints.newest(store).checkpoint
+    found = checkpoints.best(store) if which == "best" else checkpoints.latest(store).checkpoint
     if found is None:
         raise UserError(f"{folder} has no whole checkpoint{' with a held-out loss' if which == 'best' else ''} yet")
     if device == "auto":

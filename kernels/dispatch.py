@@ -24,7 +24,7 @@ _forced: str | None = None
 
 
 _tables: dict[str, Table] = {}
-
+_used: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class Backend:
@@ -54,6 +54,8 @@ class Table:
         _tables[op] = self
 
     def __getitem__(self, name: str) -> Backend:
+        """The backend that an op was told to run on; noted for `used`."""
+        _used[self.op] = name
         return self._by_name[name]
 
     def choose(self, *args: Any, **kwargs: Any) -> Backend:
@@ -94,6 +96,11 @@ def forced_backend() -> str | None:
     A compiled function follows `use_backend`; the environment it reads once, when it is compiled.
     """
     return _forced or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def used() -> dict[str, str]:
+    """Op -> the backend that last ran it in this process."""
+    return dict(_used)
 
 
 def explain(op: str | Table, *args: Any, **kwargs: Any) -> str:

@@ -137,14 +137,17 @@ def verify(path: Path, *, from_disk: bool = False) -> Checkpoint:
     return checkpoint
 
 
-def latest(folder: Path) -> Latest:
-    """The newest checkpoint in a folder that verifies. Reads only, so it is safe beside a running store.
+def latest(folder: Path, before: int | None = None) -> Latest:
+    """The newest checkpoint in a folder that verifies, of a step below `before` if that is given. Reads only, so it is
+    safe beside a running store.
 
     `checkpoint` is None where none verifies; if `rejected` then has entries, the run had checkpoints and lost them, and
     starting it again from nothing should be somebody's decision.
     """
     rejected: list[Rejected] = []
     for path in reversed(_folders(folder)):
+        if before is not None and int(path.name.removeprefix("step-")) >= before:
+            continue
         try:
             return Latest(verify(path), rejected)
         except CheckpointError as error:

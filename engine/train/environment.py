@@ -47,7 +47,7 @@ def environment(
     cuda = torch.cuda.is_available()
     return {
         "hotloop": _version("hotloop"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "cuda": torch.version.cuda if cuda else None,

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from hotloop.engine.config import Recipe, differences, from_dict, identity, load_toml, to_toml
 from hotloop.engine.errors import UserError
-from hotloop.engine.train.files import write_file
+from hotloop.engine.train.files import ASIDE, write_file
 
 RECIPE, CONFIG, LOCK = "recipe.toml", "config.toml", ".lock"
 CORPUS = ("corpus.json", "tokenizer.json")
@@ -37,7 +37,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: give the run another folder (--run)")
-        entries = {entry.name for entry in self.path.iterdir()} - {LOCK} if self.path.exists() else set()
+        names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        entries = {name for name in names if name != LOCK and not name.startswith(ASIDE)}
         if entries and RECIPE not in entries:
             raise UserError(f"{self.path} is not empty and not a run of hotloop: give another folder (--run)")
         self._take_lock()

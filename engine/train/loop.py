@@ -26,7 +26,7 @@ from hotloop.engine.train.progress import Progress
 from hotloop.engine.train.schedule import learning_rate
 from hotloop.engine.train.signals import StopSignal
 from hotloop.engine.train.step import StepResult
-from hotloop.engine.train.throughput import measure_matmul_peak, memory_mb, step_flops
+from hotloop.engine.train.throughput import Throughput
 from hotloop.engine.train.training import Training
 
 
@@ -59,22 +59,23 @@ class Run:
         self.micro_batch = recipe.train.micro_batch
         self.context = recipe.data.context or recipe.model.context
         self.source = BatchSource(corpus.split("train"), self.context, recipe.train.global_batch, recipe.train.seed)
-        self.matmul_peak = measure_matmul_peak(ranks.device, self.training.policy.dtype)
+        self.throughput = Throughput(
+            recipe.model, self.training.policy.dtype, ranks.device, context=self.context, world_size=ranks.world_size
+        )
         self.pending = DeviceMetrics()
         self.prefetcher: Prefetcher | None = None
+        self.saved_environment: dict[str, Any] | None = None
         self.stall_ms = 0.0  # of checkpoints since the last line
         if ranks.is_main:
             keep = recipe.checkpoint
             self.store = CheckpointStore(folder.checkpoints, keep.keep_last, keep.keep_best, fault=fault)
         notes = self._resume()
+        step = self.training.step
+        self.progress = Progress(recipe, enabled=ranks.is_main, start_step=step, log=folder.path / "log.txt")
         if ranks.is_main:
-            step = self.training.step
             self.log = MetricsLog(folder.path, step if notes else None, recipe.log.tensorboard)
-            self.progress = Progress(
-                recipe.train.steps, every=recipe.log.every, start_step=step, log=folder.path / "log.txt"
-            )
-            for name, message in notes:
-                self._event(name, message)
+        for name, message in notes:
+            self._event(name, message)
 
     def train(self) -> Outcome:
         """Run to the last step, or until a signal, early stopping or failure."""
@@ -94,6 +95,7 @@ class Run:
             clock, ms = time.perf_counter(), (time.perf_counter() - clock) * 1e3
             t.seconds += ms / 1e3
             self._push(result, batches, n_supervised, lr=lr, ms=ms, data_wait_ms=data_wait * 1e3)
+            self._compare_environments()
             stopping = self._drain(keep=LAG) or (bool(self.stop) and self.ranks.world_size == 1)
             if t.budget.exceeded(t.step - LAG):
                 self._rewind()
@@ -112,8 +114,8 @@ class Run:
     def close(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.close()
+        self.progress.close()
         if self.ranks.is_main:
-            self.progress.close()
             self.log.close()
 
     # Data -----------------------------------------------------------------------------------------------------------
@@ -159,16 +161,14 @@ class Run:
     ) -> None:
         """Hand the step's device scalars over; `_drain` turns them into a line some steps later."""
         t = self.training
-        supervised = [batch.targets != IGNORE_INDEX for batch in batches]
-        share = self.ranks.world_size / max(len(batches), 1)
-        slots = sum(batch.tokens.numel() for batch in batches) * self.ranks.world_size
-        tokens = sum(batch.n_tokens for batch in batches) * self.ranks.world_size
-        pairs = sum(int(((b.positions + 1) * mask).sum()) for b, mask in zip(batches, supervised, strict=True))
-        flops = step_flops(
-            self.recipe.model, tokens, context=self.context,
-            sum_squares=2 * round(pairs * share * len(batches)) - tokens,
+        W = self.ranks.world_size
+        tokens = sum(batch.n_tokens for batch in batches) * W
+        # A token at position i of its piece attends to i + 1: n (n + 1) / 2 pairs for a piece of n.
+        pairs = sum(int((batch.positions + 1)[batch.targets != IGNORE_INDEX].sum()) for batch in batches) * W
+        work = self.throughput.of_step(
+            ms / 1e3, tokens=tokens, supervised=n_supervised,
+            positions=sum(batch.tokens.numel() for batch in batches) * W, sum_squares=2 * pairs - tokens,
         )  # fmt: skip
-        peak = self.matmul_peak.rate * self.ranks.world_size * ms / 1e3
         self.pending.push(
             t.step,
             {
@@ -181,16 +181,9 @@ class Run:
             phases=result.phases,
             lr=lr,
             ms=ms,
-            tokens=tokens,
-            supervised=n_supervised,
-            tokens_per_second=tokens / ms * 1e3,
-            supervised_per_second=n_supervised / ms * 1e3,
-            padding_share=1 - tokens / slots,
-            mfu=flops.exact / peak,
-            mfu_palm=flops.palm / peak,
-            memory_mb=memory_mb(self.ranks.device),
             checkpoint_stall_ms=self.stall_ms,
             seconds=t.seconds,
+            **work,
             **host,
         )
         self.stall_ms = 0.0
@@ -198,7 +191,7 @@ class Run:
     def _drain(self, keep: int) -> bool:
         """Log the steps that have arrived, all but the last `keep`. True where a rank was asked to stop."""
         stopping = False
-        for line in self.pending.drain(keep=keep):
+        for line in self.pending.drain(block=True, keep=keep):
             step, phases = line.pop("step"), line.pop("phases")
             stopping |= line.pop("stop") > 0
             line["skipped"] = int(line["skipped"])
@@ -262,7 +255,7 @@ class Run:
         """Load the newest good checkpoint, if there is one. Returns events to log."""
         path, notes = None, []
         if self.ranks.is_main:
-            found = self.store.newest()
+            found = self.store.latest()
             notes = [("checkpoint_rejected", f"{bad.path.name}: {bad.reason}") for bad in found.rejected]
             if found.checkpoint is not None:
                 path = found.checkpoint.path
@@ -275,9 +268,19 @@ class Run:
         if path is None:
             # Killed before its first checkpoint: it starts again, and the lines it wrote are superseded.
             return [("resumed", "from the start: no checkpoint yet")] if self._has_metrics() else []
-        saved = self.training.load(checkpoints.read_manifest(path))
-        lost = guarantee_lost(saved, self._environment())
-        return [*notes, ("resumed", f"from {path.name}"), *(("guarantee_lost", line) for line in lost)]
+        self.saved_environment = self.training.load(checkpoints.read_manifest(path))
+        return [*notes, ("resumed", f"from {path.name}")]
+
+    def _compare_environments(self) -> None:
+        """After the first step of a resumed run, when it is known which backend serves what: say what is lost."""
+        if self.saved_environment is None:
+            return
+        saved, now = self.saved_environment, self._environment()
+        # Ops that only one of the two has called so far are no difference.
+        a, b = saved["backends"], now["backends"]
+        for line in guarantee_lost({**saved, "backends": {**b, **a}}, {**now, "backends": {**a, **b}}):
+            self._event("guarantee_lost", line)
+        self.saved_environment = None
 
     def _has_metrics(self) -> bool:
         path = self.folder.path / "metrics.jsonl"
@@ -297,7 +300,7 @@ class Run:
         good: Checkpoint | None = None
         if self.ranks.is_main:
             self.store.wait()
-            good = checkpoints.newest(self.folder.checkpoints, before=bad_from).checkpoint
+            good = checkpoints.latest(self.folder.checkpoints, before=bad_from).checkpoint
         good = self.ranks.broadcast(good)
         if good is None:
             t.start()
@@ -306,7 +309,8 @@ class Run:
         t.rewinds, t.data_offset = rewinds, next_data - t.step
         self._restart_data()
         if self.ranks.is_main:
-            self.log.supersede(t.step)
+            self.log.close()
+            self.log = MetricsLog(self.folder.path, t.step, self.recipe.log.tensorboard)
         self._event(
             "rewound", f"steps {bad_from} to {bad_to} skipped too often: back to step {t.step}, data of the range is left"
         )

@@ -18,6 +18,7 @@ from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.guards import OutlierGuard, SkipBudget
 from hotloop.engine.train.parameter_groups import parameter_groups
 from hotloop.engine.train.step import TrainStep
+from hotloop.kernels.dispatch import used
 from hotloop.kernels.optimizers import AdamW
 
 OBJECTIVES = {"causal": CausalObjective}
@@ -35,9 +36,8 @@ class Training:
         policy = precision.resolve(recipe.train.precision, ranks.device)
         self.model = Transformer(recipe.model, activation_checkpointing=recipe.train.activation_checkpointing)
         self.model.to(policy.dtype).to(ranks.device)
-        accumulates = recipe.train.global_batch > recipe.train.micro_batch
-        if accumulates:
-            precision.accumulate_in_fp32(self.model)
+        if recipe.train.global_batch > recipe.train.micro_batch:
+            self.accumulate()
         self.objective: Callable[..., Tensor] = OBJECTIVES[recipe.objective](self.model)
         if recipe.train.compile:
             self.objective = torch.compile(self.objective, fullgraph=True, dynamic=False)
@@ -65,6 +65,15 @@ class Training:
         self.best_loss: float | None = None
         self.evaluations_since_best = 0
 
+    def accumulate(self) -> None:
+        """Gradients are now summed over micro-batches or ranks: in fp32."""
+        precision.accumulate_in_fp32(self.model)
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Op -> the backend that has run it."""
+        return {**used(), **self.optimizer.backends}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         optimizer, _ = flatten(self.optimizer.state_dict())
         return {"model": self.model.state_dict(), "optimizer": optimizer}
@@ -85,7 +94,7 @@ class Training:
         }
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Take the state of a checkpoint. Returns its saved environment."""
+        """Take the state of a checkpoint. Returns the environment it was made in."""
         state = checkpoint.state()
         try:
             self.model.load_state_dict(checkpoint.tensors("model"))

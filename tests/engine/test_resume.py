@@ -61,7 +61,7 @@ def numbers(run: Path) -> list[tuple]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    found = checkpoints.newest(run / "checkpoints").checkpoint
+    found = checkpoints.latest(run / "checkpoints").checkpoint
     assert found is not None
     tensors = {}
     for name in ("model", "optimizer"):
@@ -176,7 +176,7 @@ def test_asked_to_stop(tmp_path, recipe, uninterrupted, number):
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert out.strip() == signal.Signals(number).name
-    saved = checkpoints.newest(run / "checkpoints").checkpoint
+    saved = checkpoints.latest(run / "checkpoints").checkpoint
     assert saved.step == read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert pretrain(made, run).reason == "finished"
     assert_same(run, uninterrupted(made))
@@ -186,7 +186,7 @@ def test_an_altered_checkpoint_is_passed_over(tmp_path, recipe, uninterrupted):
     made, run = recipe(), tmp_path / "run"
     process = start(tmp_path, made, run, "done", occurrence=3)
     process.communicate(timeout=120)
-    newest = checkpoints.newest(run / "checkpoints").checkpoint.path
+    newest = checkpoints.latest(run / "checkpoints").checkpoint.path
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert pretrain(made, run).reason == "finished"
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, recipe, uninterru
 
     with pytest.raises(RunFailed, match="No space left"):
         pretrain(made, run, fault=full)
-    saved = checkpoints.newest(run / "checkpoints")
+    saved = checkpoints.latest(run / "checkpoints")
     assert saved.checkpoint.step == 4
     assert not saved.rejected
     assert pretrain(made, run).reason == "finished"
