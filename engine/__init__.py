@@ -1,17 +1,15 @@
-"""The engine: documents in, trained model out. See `hotloop --help`.
-"""
+"""The engine: documents in, trained model out. See `hotloop --help`."""
 
 if __name__ == "hotloop.engine":
     __all__: list[str] = []
 else:
-    # The repository root is on sys.path, so that this folder answers to the bare name `engine`, which `transformers` and
-    # others probe for as a package of that name. Raising here would break their import; importing anything would
-    # register every operator twice.
+    # The repository root is on sys.path, so that this folder answers to the bare name `engine`. `transformers` probes
+    # for packages by such names: raising here would break its import, and importing would register operators twice.
     __version__ = "0"
 
     def __getattr__(name: str) -> object:
         raise AttributeError(
-            f"{name!r} was looked up in the folder {__file__!r} imported as {__name__!r}; "
-            "this package is imported as hotloop.engine (run `pip install -e .` and start Python outside the repository "
-            "root, or with -P)"
+            f"{name!r} was looked up in {__file__!r}, imported as {__name__!r}: "
+            "this package is imported as hotloop.engine (run `pip install -e .`, and start Python outside "
+            "the repository's root or with -P)"
         )

@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         start = 0 if cache is None else cache.length
         if start + T > self.config.context:
-            raise ValueError(f"{start + T} tokens given, but the model's context is {self.config.context}: shorten them")
+            raise ValueError(f"{start + T} tokens given, the model's context is {self.config.context}: give fewer")
         if attention_mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("attention_mask and cu_seqlens are both given: give one of them")

@@ -96,7 +96,8 @@ def _llama_to_model(c: dict[str, Any]) -> ModelConfig:
     _expect(c, "hidden_act", {"silu"}, "silu")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"config.json: rope type {rope.get('rope_type', rope.get('type'))!r} is not served, only default")
+        kind = rope.get("rope_type", rope.get("type"))
+        raise UserError(f"config.json: rope type {kind!r} is not served, only 'default'")
     if c.get("head_dim") not in (None, c["hidden_size"] // c["num_attention_heads"]):
         raise UserError(f"config.json: head_dim = {c['head_dim']}: must be hidden_size / num_attention_heads")
     for name in ("attention_bias", "mlp_bias"):
@@ -187,7 +188,8 @@ def load_pretrained(folder: Path | str, *, dtype: torch.dtype = torch.float32) -
     values = _read_json(folder / "config.json")
     family = FAMILIES.get(values.get("model_type", ""))
     if family is None:
-        raise UserError(f"{folder}: model_type {values.get('model_type')!r} is not served (one of {', '.join(FAMILIES)})")
+        kind = values.get("model_type")
+        raise UserError(f"{folder}: model_type {kind!r} is not served (one of {', '.join(FAMILIES)})")
     try:
         config = family.to_model(values)
     except KeyError as error:
@@ -320,5 +322,6 @@ def _expect(values: dict[str, Any], name: str, allowed: set[Any], default: Any) 
 
 def _only(config: ModelConfig, **fields: Any) -> None:
     if replace(config, **fields) != config:
-        wrong = [f"{name} = {getattr(config, name)!r}" for name, value in fields.items() if getattr(config, name) != value]
+        found = {name: getattr(config, name) for name in fields}
+        wrong = [f"{name} = {value!r}" for name, value in found.items() if value != fields[name]]
         raise UserError(f"needs {fields}, but the model has {', '.join(wrong)}")

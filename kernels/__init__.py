@@ -12,14 +12,13 @@
 if __name__ == "hotloop.kernels":
     __all__: list[str] = []
 else:
-    # The repository root is on sys.path, so that this folder answers to the bare name `kernels`, which `transformers` and
-    # others probe for as a package of that name. Raising here would break their import; importing anything would
-    # register every operator twice.
+    # The repository root is on sys.path, so that this folder answers to the bare name `kernels`. `transformers` probes
+    # for packages by such names: raising here would break its import, and importing would register operators twice.
     __version__ = "0"
 
     def __getattr__(name: str) -> object:
         raise AttributeError(
-            f"{name!r} was looked up in the folder {__file__!r} imported as {__name__!r}; "
-            "this package is imported as hotloop.kernels (run `pip install -e .` and start Python outside the repository "
-            "root, or with -P)"
+            f"{name!r} was looked up in {__file__!r}, imported as {__name__!r}: "
+            "this package is imported as hotloop.kernels (run `pip install -e .`, and start Python outside "
+            "the repository's root or with -P)"
         )

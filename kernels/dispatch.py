@@ -26,6 +26,7 @@ _forced: str | None = None
 _tables: dict[str, Table] = {}
 _used: dict[str, str] = {}
 
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.

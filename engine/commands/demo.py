@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 # topics, other people's packages.
 LEFT_OUT = ("test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__",
             "*.txt", "*.md", "*.csv")  # fmt: skip
+# Which modules are held out decides how hard they are: of the seeds 0 to 8 this one's set has the median
+# Kneser-Ney figure (contexts of 3 bytes: 2.09 to 2.34); no model's figure was looked at.
+SPLIT_SEED = 1
 VOCABULARY = 2048
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.1
 HELD_OUT_BYTES = 128 * 1024
 SEED = 0
 CONTEXTS = (2, 3, 4, 6)
@@ -106,7 +109,7 @@ def prepare_standard_library(out: Path) -> None:
     from hotloop.engine.data.prepare import PrepareConfig, prepare
 
     config = PrepareConfig(
-        exclude=LEFT_OUT, vocab_size=VOCABULARY, split_by="folder", validation_fraction=HELD_OUT_SHARE, seed=SEED
+        exclude=LEFT_OUT, vocab_size=VOCABULARY, split_by="folder", validation_fraction=HELD_OUT_SHARE, seed=SPLIT_SEED
     )
     prepare([Path(sysconfig.get_paths()["stdlib"])], out, config)
 

@@ -37,7 +37,9 @@ class Evaluate:
         trained = load_run(self.run, self.checkpoint)
         corpus = Corpus(self.data or trained.recipe.data.path)
         if corpus.tokenizer_path.read_bytes() != (self.run / "tokenizer.json").read_bytes():
-            raise UserError(f"{corpus.folder} was prepared with another tokenizer than {self.run}: prepare it with --tokenizer")
+            raise UserError(
+                f"{corpus.folder} was prepared with another tokenizer than {self.run}: prepare it with --tokenizer"
+            )
         context = trained.recipe.data.context or trained.recipe.model.context
         stride = self.stride or context // 2
         if not 0 < stride <= context:

@@ -19,7 +19,7 @@ from hotloop.engine.errors import UserError
 DESCRIPTION = """Train language models on your own documents.
 
   hotloop prepare my_documents/ --out corpora/mine      documents -> tokenizer and shards
-  hotloop pretrain recipes/small.toml --run runs/mine   shards -> model; run it again to resume
+  hotloop pretrain recipes/small.toml --out runs/mine   shards -> model; run it again to resume
   hotloop generate runs/mine --prompt "Once"            text from the model
   hotloop eval runs/mine                                held-out loss, perplexity, bits per byte
   hotloop doctor                                        what this machine has and which backend serves what

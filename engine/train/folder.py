@@ -1,10 +1,10 @@
 """The folder of a run: one process at a time, one configuration for ever.
 
-    runs/NAME/recipe.toml     the recipe as it was given
-              config.toml     the recipe as it was resolved: what this machine and corpus made of `auto` and `none`
-              corpus.json     the manifest of the corpus it reads, and
-              tokenizer.json  its tokenizer
-              checkpoints/ metrics.jsonl tensorboard/ report.json report.html
+runs/NAME/recipe.toml     the recipe as it was given
+          config.toml     the recipe as it was resolved: what this machine and corpus made of `auto` and `none`
+          corpus.json     the manifest of the corpus it reads, and
+          tokenizer.json  its tokenizer
+          checkpoints/ metrics.jsonl tensorboard/ report.json report.html
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class RunFolder:
         `corpus`, or a running process.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file: give the run another folder (--run)")
+            raise UserError(f"{self.path} is a file: give the run another folder (--out)")
         names = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
         entries = {name for name in names if name != LOCK and not name.startswith(ASIDE)}
         if entries and RECIPE not in entries:
-            raise UserError(f"{self.path} is not empty and not a run of hotloop: give another folder (--run)")
+            raise UserError(f"{self.path} is not empty and not a run of hotloop: give another folder (--out)")
         self._take_lock()
         if not entries:
             return None
@@ -50,7 +50,7 @@ class RunFolder:
             self.close()
             raise UserError(
                 f"{self.path} is a run of another configuration ({'; '.join(changed)}): "
-                "go on with its own recipe, or give this one another folder (--run)"
+                "go on with its own recipe, or give this one another folder (--out)"
             )
         if not (self.path / CONFIG).exists():
             return None
@@ -59,7 +59,7 @@ class RunFolder:
                 self.close()
                 raise UserError(
                     f"{corpus / name} is not what {self.path} began with: the corpus was prepared again; "
-                    "give the run another folder (--run)"
+                    "give the run another folder (--out)"
                 )
         return from_dict(Recipe, load_toml(self.path / CONFIG), f"{self.path / CONFIG}")
 

@@ -40,6 +40,8 @@ class Outcome:
     reason: str
     """finished, stopped early, or the name of the signal."""
     signal: int | None = None
+    is_main: bool = True
+    """Whether this process is the one that writes."""
 
 
 class Run:
@@ -109,7 +111,11 @@ class Run:
                 continue
             t.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
-        return self._end("finished", loss=self._evaluate() if r.evaluation.every else None)
+        if t.finished:
+            return Outcome(t.step, "finished", is_main=self.ranks.is_main)
+        loss = self._evaluate() if r.evaluation.every else None
+        t.finished = not self.stop
+        return self._end("finished", loss=loss) if t.finished else self._end(self._signal_name(), self.stop.number)
 
     def close(self) -> None:
         if self.prefetcher is not None:
@@ -145,8 +151,8 @@ class Run:
         """After running out of memory: the same global batch in smaller pieces."""
         if self.ranks.world_size > 1 or self.micro_batch == 1:
             raise RunFailed(
-                f"out of memory with micro-batches of {self.micro_batch} x {self.context} tokens: resume with a smaller "
-                "train.micro_batch (the global batches stay the same) or train.activation_checkpointing"
+                f"out of memory with micro-batches of {self.micro_batch} x {self.context} tokens: resume with a "
+                "smaller train.micro_batch; the global batches stay the same"
             ) from error
         self.training.optimizer.zero_grad(set_to_none=True)
         self.micro_batch //= 2 if self.micro_batch % 2 == 0 else self.micro_batch
@@ -312,13 +318,14 @@ class Run:
             self.log.close()
             self.log = MetricsLog(self.folder.path, t.step, self.recipe.log.tensorboard)
         self._event(
-            "rewound", f"steps {bad_from} to {bad_to} skipped too often: back to step {t.step}, data of the range is left"
+            "rewound",
+            f"steps {bad_from} to {bad_to} skipped too often: back to step {t.step}, data of the range is left",
         )
 
     def _end(self, reason: str, number: int | None = None, loss: float | None = None) -> Outcome:
         self._save(loss, wait=True)
         self._event("ended", reason)
-        return Outcome(self.training.step, reason, number)
+        return Outcome(self.training.step, reason, number, self.ranks.is_main)
 
     def _signal_name(self) -> str:
         return signal.Signals(self.stop.number or signal.SIGTERM).name

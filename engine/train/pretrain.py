@@ -21,8 +21,8 @@ from hotloop.engine.train.signals import StopSignal
 def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] | None = None) -> Outcome:
     """Run a recipe in the folder `path`, or resume it there.
 
-    `fault` is called with the name of every point of a checkpoint's write, so that tests can fail there. Raises UserError
-    before any work for what cannot be run, RunFailed when the run cannot go on.
+    `fault` is called with the name of every point of a checkpoint's write, so that tests can fail there.
+    Raises UserError before any work for what cannot be run, RunFailed when the run cannot go on.
     """
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)

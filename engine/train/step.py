@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate over micro-batches, sum over ranks, judge, update. Nothing here waits for the device."""
+"""One optimizer step: accumulate over micro-batches, sum over ranks, judge, update. Nothing waits for the device."""
 
 from __future__ import annotations
 

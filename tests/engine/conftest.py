@@ -10,7 +10,7 @@ import pytest
 from hotloop.engine.config import Recipe, check, from_dict
 from hotloop.engine.data.prepare import PrepareConfig, prepare
 
-WORDS = "the a loss token model step gradient batch data shard learns forgets adds scales rests falls".split()
+WORDS = ["the", "a", "loss", "token", "model", "step", "gradient", "batch", "data", "learns", "adds", "scales", "falls"]
 
 
 def write_documents(folder: Path, n: int, seed: int = 0) -> Path:

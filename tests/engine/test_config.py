@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from hotloop.engine.config import (
-    Recipe, RecipeError, check, differences, from_dict, identity, load_recipe, to_dict, to_toml,
+    Recipe,
+    RecipeError,
+    check,
+    differences,
+    from_dict,
+    identity,
+    load_recipe,
+    to_dict,
+    to_toml,
 )  # fmt: skip
 
 

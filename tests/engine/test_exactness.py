@@ -14,6 +14,7 @@ from hotloop.engine.data.batches import IGNORE_INDEX, Batch, BatchSource
 from hotloop.engine.data.shards import Corpus
 from hotloop.engine.model import Transformer
 from hotloop.engine.objectives.causal import CausalObjective
+from hotloop.kernels.cross_entropy import linear_cross_entropy
 
 LLAMA = ModelConfig(context=32, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2)
 GPT2 = ModelConfig(
@@ -110,13 +111,15 @@ from hotloop.engine.data.batches import BatchSource
 from hotloop.engine.data.shards import Corpus
 from hotloop.engine.model import Transformer
 from hotloop.engine.objectives.causal import CausalObjective
+from hotloop.kernels.cross_entropy import linear_cross_entropy
 from hotloop.engine.train import distributed
 
 corpus, out, wrapped, micro_batch = Corpus(sys.argv[1]), sys.argv[2], sys.argv[3] == "ddp", int(sys.argv[4])
 torch.set_num_threads(1)
 ranks = distributed.start("cpu")
 source = BatchSource(corpus.split("train"), 32, 8, seed=0)
-model = Transformer(ModelConfig(context=32, n_layers=2, d_model=32, n_heads=4, vocab_size=corpus.vocab_size)).initialize(0)
+config = ModelConfig(context=32, n_layers=2, d_model=32, n_heads=4, vocab_size=corpus.vocab_size)
+model = Transformer(config).initialize(0)
 objective = CausalObjective(model)
 W = ranks.world_size
 scale = float(W) if wrapped else 1.0  # DistributedDataParallel averages over ranks: the sum is asked for
@@ -167,8 +170,6 @@ def test_packed_documents_are_isolated_bit_for_bit(corpus, dtype, poison):
     def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.detach().requires_grad_()
         h = model.transform(x, batch.positions, batch.cu_seqlens)
-        from hotloop.kernels.cross_entropy import linear_cross_entropy
-
         logits = torch.nn.functional.linear(h, model.head_weight)
         linear_cross_entropy(h, model.head_weight, batch.targets, normalizer=normalizer).backward()
         return logits.detach().flatten(0, 1), x.grad.flatten(0, 1)

@@ -138,7 +138,7 @@ def kill_at_random(tmp_path: Path, recipe: Recipe, run: Path, kills: int, seed: 
         process.communicate()
         moments.append(moment)
     process = start(tmp_path, recipe, run)
-    out, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return moments
 
@@ -273,7 +273,7 @@ def test_another_world_size_reads_the_same_batches(tmp_path, recipe, uninterrupt
     process = start(tmp_path, made, run, "done", occurrence=1)
     process.communicate(timeout=120)
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--run", str(run)]
+    command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(run)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
