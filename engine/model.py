@@ -8,6 +8,7 @@ and the loss are computed in fp32 whatever that dtype is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
         # `module.to(bfloat16)` casts buffers too: keep the angles in fp32, follow the device only.

@@ -7,10 +7,10 @@ import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from numpy.typing import NDArray
 
     from hotloop.engine.checkpointed import TrainedModel
     from hotloop.engine.data.shards import Corpus
@@ -128,9 +128,9 @@ def counting_baseline(corpus: Corpus, trained: TrainedModel) -> dict[int, float]
     )
 
 
-def text_of(tokens: Sequence[int], trained: TrainedModel) -> bytes:
+def text_of(tokens: NDArray[Any], trained: TrainedModel) -> bytes:
     """The UTF-8 bytes of a stored document; byte-level tokens lose nothing."""
-    return trained.tokenizer.decode(list(tokens[:-1]), skip_special_tokens=False).encode()
+    return trained.tokenizer.decode(tokens[:-1].tolist(), skip_special_tokens=False).encode()
 
 
 def draw_samples(trained: TrainedModel) -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="hotloop",
         description=DESCRIPTION,
         args=arguments,

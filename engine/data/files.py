@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +15,12 @@ from typing import IO, Any
 import pyarrow as pa
 
 from hotloop.engine.errors import UserError
+from hotloop.engine.files import ASIDE
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 READABLE = f"{' '.join(SUFFIXES)}, also with {' or '.join(COMPRESSIONS)}"
 MAX_EXAMPLES = 20
-
-_UNFINISHED = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 
 
 @dataclass
@@ -139,7 +136,7 @@ def _walk_folder(folder: Path, top: Path, exclude: tuple[str, ...], report: Repo
     for entry in ordered:
         path = folder / entry.name
         below = path.relative_to(top)
-        if _UNFINISHED.fullmatch(entry.name):
+        if entry.name.startswith(ASIDE):
             report.skip("unfinished corpus")  # perhaps the one being written from these very files
         elif any(fnmatchcase(entry.name, pattern) or fnmatchcase(below.as_posix(), pattern) for pattern in exclude):
             report.skip("excluded")
@@ -155,11 +152,6 @@ def _walk_folder(folder: Path, top: Path, exclude: tuple[str, ...], report: Repo
                 yield File(path, below.parts[0], suffix, compression, False, entry.stat().st_size)
             else:
                 report.skip(suffix or "no suffix")
-
-
-def unfinished_name(name: str) -> str:
-    """A new hidden name beside `name`, for what is written aside and then renamed; `walk` passes over such names."""
-    return f".{name}.partial-{secrets.token_hex(4)}"
 
 
 @contextmanager

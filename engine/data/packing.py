@@ -23,9 +23,9 @@ from typing import IO
 
 import numpy as np
 
-from hotloop.engine.data.files import unfinished_name
-from hotloop.engine.data.shards import MappedFile, Split, digest, fsync_folder
+from hotloop.engine.data.shards import MappedFile, Split, digest
 from hotloop.engine.errors import UserError
+from hotloop.engine.files import aside_of, fsync_folder
 
 PLANNED_TOGETHER = 1 << 17
 FULL_PIECES_AT_ONCE = 1 << 18
@@ -189,7 +189,7 @@ class Packs:
 
 def _write(path: Path, split: Split, context: int) -> None:
     """Plan into temporary sections, then join them aside and rename."""
-    aside = path.with_name(unfinished_name(path.name))
+    aside = aside_of(path)
     folder = path.parent
     with (
         tempfile.TemporaryFile(dir=folder) as starts,

@@ -24,10 +24,11 @@ from typing import Any, Literal
 import numpy as np
 
 from hotloop.engine.data.documents import Documents, OnBadEncoding, Segment
-from hotloop.engine.data.files import Report, printable, unfinished_name, walk
-from hotloop.engine.data.shards import MANIFEST_FORMAT, VERSION, SplitWriter, fsync_folder
+from hotloop.engine.data.files import Report, printable, walk
+from hotloop.engine.data.shards import MANIFEST_FORMAT, VERSION, SplitWriter
 from hotloop.engine.data.tokenizer import END_TOKEN, Encoder, Kind, load_tokenizer, train_tokenizer
 from hotloop.engine.errors import UserError
+from hotloop.engine.files import aside_of, fsync_folder, write_synced
 
 TRAIN, VALIDATION = "train", "validation"
 BATCH_CHARACTERS = 1 << 20  # the library's encodings take 50 times the memory of their text
@@ -113,7 +114,7 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
         seconds["tokenizer"] = time.perf_counter() - started - sum(seconds.values())
 
         splits, unknown = _encode(track("encode", documents.read(Report())), scan, encoder, folder, config)
-        _write_text(folder / "tokenizer.json", encoder.json)
+        write_synced(folder / "tokenizer.json", [encoder.json.encode()])
         manifest: dict[str, Any] = {
             "format": MANIFEST_FORMAT,
             "version": VERSION,
@@ -134,7 +135,7 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
                 **{name: _plain(value) for name, value in dataclasses.asdict(config).items()},
             },
         }
-        _write_text(folder / "corpus.json", json.dumps(manifest, indent=2) + "\n")
+        write_synced(folder / "corpus.json", [json.dumps(manifest, indent=2).encode(), b"\n"])
         seconds["encode"] = time.perf_counter() - started - sum(seconds.values())
     return Prepared(out, manifest, seconds)
 
@@ -335,7 +336,7 @@ class _written_aside:
 
     def __init__(self, out: Path):
         self.out = out
-        self.aside = out.parent / unfinished_name(out.name)
+        self.aside = aside_of(out)
 
     def __enter__(self) -> Path:
         try:
@@ -358,13 +359,6 @@ class _written_aside:
         shutil.rmtree(self.aside, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{printable(self.out)}: not written ({error.strerror or error})") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Tracker:

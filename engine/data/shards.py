@@ -122,14 +122,6 @@ class BlockHasher:
         self._open, self._filled = blake2b(digest_size=DIGEST), 0
 
 
-def fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # Writing
 
 

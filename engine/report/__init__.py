@@ -9,7 +9,7 @@ from typing import Any
 
 from hotloop.engine.report.page import page
 from hotloop.engine.report.summary import jsonable, read_run, summarize
-from hotloop.engine.train.files import write_file
+from hotloop.engine.files import write_file
 
 __all__ = ["write_report"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -76,7 +76,7 @@ def _status(summary: Mapping[str, Any]) -> str:
 
 def _headline(summary: Mapping[str, Any]) -> str:
     evaluation = summary["evaluation"] or {}
-    tiles = [
+    tiles: list[tuple[str, Any, str | Callable[[float], str]]] = [
         ("bits per byte, held out", summary["bits_per_byte"], "{:.3f}"),
         ("held-out loss, nats per token", evaluation.get("loss"), "{:.3f}"),
         ("training loss, last 5 % of steps", summary["train_loss"], "{:.3f}"),
@@ -85,8 +85,8 @@ def _headline(summary: Mapping[str, Any]) -> str:
         ("of the measured matmul peak", summary["mfu"], "{:.0%}"),
     ]
     cells = [
-        f"<div><dt>{escape(label)}</dt><dd>{format(value) if callable(format) else format.format(value)}</dd></div>"
-        for label, value, format in tiles
+        f"<div><dt>{escape(label)}</dt><dd>{form.format(value) if isinstance(form, str) else form(value)}</dd></div>"
+        for label, value, form in tiles
         if value is not None
     ]
     return f'<dl class="headline">{"".join(cells)}</dl>' if cells else ""

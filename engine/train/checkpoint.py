@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hotloop.engine.train.files import (
+from hotloop.engine.files import (
     ASIDE,
     Bytes,
     FileRecord,
@@ -38,9 +38,9 @@ from hotloop.engine.train.files import (
     fsync_folder,
     make_folder,
     read_record,
-    safetensors_parts,
     write_synced,
 )
+from hotloop.engine.train.tensor_file import safetensors_parts
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"

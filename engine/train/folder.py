@@ -16,7 +16,7 @@ from types import TracebackType
 
 from hotloop.engine.config import Recipe, differences, from_dict, identity, load_toml, to_toml
 from hotloop.engine.errors import UserError
-from hotloop.engine.train.files import ASIDE, write_file
+from hotloop.engine.files import ASIDE, write_file
 
 RECIPE, CONFIG, LOCK = "recipe.toml", "config.toml", ".lock"
 CORPUS = ("corpus.json", "tokenizer.json")

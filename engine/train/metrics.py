@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from hotloop.engine.train.files import write_file
+from hotloop.engine.files import write_file
 
 SUPERSEDED_KINDS = ("train", "eval")
 

@@ -179,7 +179,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 update = Update(
                     params=members,
                     masters=[s["master"] for s in states] if "master" in states[0] else None,
-                    grads=[p.grad for p in members],
+                    grads=[p.grad for p in members if p.grad is not None],
                     moments=tuple([s[name] for s in states] for name in self.moments),
                     starts=[self._starts[p] for p in members],
                     step=states[0]["step"],

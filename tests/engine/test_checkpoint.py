@@ -21,9 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hotloop.engine.train import files
+from hotloop.engine import files
 from hotloop.engine.train.checkpoint import CheckpointError, CheckpointStore, best, latest, verify
 from hotloop.engine.train.environment import CHANGES_BITS, STILL_HOLDS, environment, guarantee_lost
+from hotloop.engine.train.tensor_file import SAFETENSORS_DTYPES, safetensors_parts
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
@@ -99,12 +100,12 @@ def test_host_copies_are_reused(tmp_path: Path) -> None:
     assert_holds(store.latest().checkpoint, 2)
 
 
-@pytest.mark.parametrize("dtype", list(files.SAFETENSORS_DTYPES))
+@pytest.mark.parametrize("dtype", list(SAFETENSORS_DTYPES))
 def test_every_dtype_reads_back_through_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
     raw = torch.randint(0, 2, (3, 5, 8), dtype=torch.uint8)
     tensor = raw.view(dtype) if dtype != torch.bool else raw.bool()
     odd = {"x": tensor, "a": torch.arange(3, dtype=torch.uint8), "b": torch.tensor(1.0, dtype=torch.float64)}
-    files.write_synced(tmp_path / "t", files.safetensors_parts(odd))
+    files.write_synced(tmp_path / "t", safetensors_parts(odd))
     loaded = load_file(tmp_path / "t")
     for name, expected in odd.items():
         assert loaded[name].dtype == expected.dtype
@@ -114,7 +115,7 @@ def test_every_dtype_reads_back_through_safetensors(tmp_path: Path, dtype: torch
 
 def test_tensors_are_aligned_in_the_file(tmp_path: Path) -> None:
     odd = {"a": torch.zeros(3, dtype=torch.uint8), "b": torch.zeros(5, dtype=torch.float64), "c": torch.zeros(7).half()}
-    files.write_synced(tmp_path / "t", files.safetensors_parts(odd))
+    files.write_synced(tmp_path / "t", safetensors_parts(odd))
     data = (tmp_path / "t").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])

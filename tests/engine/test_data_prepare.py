@@ -309,7 +309,7 @@ def test_files_that_change_between_the_readings(tmp_path, docs, monkeypatch):
 def test_out_inside_the_documents(tmp_path, docs):
     """What is being written, and what a killed run left, is not read as documents."""
     write_docs(docs)
-    left = docs / ".out.partial-0123abcd"
+    left = docs / ".aside-0123abcd-out"
     left.mkdir()
     (left / "x.txt").write_text("left over")
     result = prepare([docs], docs / "out", SMALL)

@@ -7,27 +7,17 @@ Names that start with ASIDE are never final: what a killed writer left under the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-from torch import Tensor
-
 ASIDE = ".aside-"
 CHUNK = 1 << 24  # bytes hashed and written at a time, while they are in the cache
-
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 Bytes = bytes | bytearray | memoryview
 
@@ -74,6 +64,11 @@ def write_synced(path: Path, parts: Iterable[Bytes]) -> FileRecord:
         file.flush()
         os.fsync(file.fileno())
     return writer.record
+
+
+def aside_of(path: Path) -> Path:
+    """A new name beside `path`, for what several processes may write at once: each under its own, the last rename stays."""
+    return path.with_name(f"{ASIDE}{secrets.token_hex(4)}-{path.name}")
 
 
 @contextmanager
@@ -153,31 +148,3 @@ def delete_leftovers(folder: Path) -> list[str]:
         else:
             path.unlink()
     return [path.name for path in leftovers]
-
-
-def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
-    """The bytes of a safetensors file, piece by piece: header, then one view per tensor.
-
-    Nothing is serialised in memory: on the CPU a contiguous tensor is passed on as a view of its storage, any other
-    tensor is copied alone. Layout: header length (u64, little endian), JSON header padded with spaces to 8 bytes, data;
-    wider dtypes come first, so that every tensor is aligned to its element size. Raises TypeError for a dtype that the
-    format lacks.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold")
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        dtype = SAFETENSORS_DTYPES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
