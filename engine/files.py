@@ -67,7 +67,7 @@ def write_synced(path: Path, parts: Iterable[Bytes]) -> FileRecord:
 
 
 def aside_of(path: Path) -> Path:
-    """A new name beside `path`, for what several processes may write at once: each under its own, the last rename stays."""
+    """A new name beside `path`, for what several processes may write at once: each under its own, then a rename."""
     return path.with_name(f"{ASIDE}{secrets.token_hex(4)}-{path.name}")
 
 

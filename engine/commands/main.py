@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import tyro
 
@@ -16,37 +19,70 @@ from hotloop.engine.commands.prepare import Prepare
 from hotloop.engine.commands.pretrain import Pretrain
 from hotloop.engine.errors import UserError
 
-DESCRIPTION = """Train language models on your own documents.
+HELP = """usage: hotloop VERB [arguments]
 
-  hotloop prepare my_documents/ --out corpora/mine      documents -> tokenizer and shards
-  hotloop pretrain recipes/small.toml --out runs/mine   shards -> model; run it again to resume
-  hotloop generate runs/mine --prompt "Once"            text from the model
-  hotloop eval runs/mine                                held-out loss, perplexity, bits per byte
-  hotloop doctor                                        what this machine has and which backend serves what
+Train language models on your own documents.
 
-Exit codes: 0 done; 1 the run failed (its checkpoints are intact); 2 bad input, nothing was changed;
-128 + N stopped by signal N after saving."""
+  hotloop prepare my_documents/ --out corpora/mine     documents -> tokenizer and shards
+  hotloop pretrain recipes/mine.toml --out runs/mine   shards -> model; the same command again resumes
+  hotloop generate runs/mine --prompt "Once"           text from the model
+  hotloop eval runs/mine                               held-out loss, perplexity, bits per byte
+  hotloop doctor                                       what this machine has, which backend serves each op
+  hotloop demo                                         all of it on Python's own library, in five minutes
 
-Command = (
-    Annotated[Prepare, tyro.conf.subcommand("prepare")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("eval")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
+  hotloop VERB --help                                  what a verb does, its arguments and their defaults
+  hotloop --version
+
+Exit codes: 0 done; 1 it failed on the way (checkpoints are intact); 2 bad input, nothing was written over;
+128 + N stopped by signal N, a run saves before (130 Ctrl-C, 143 SIGTERM)."""
+
+VERBS: dict[str, type[Callable[[], int]]] = {
+    "prepare": Prepare,
+    "pretrain": Pretrain,
+    "generate": Generate,
+    "eval": Evaluate,
+    "doctor": Doctor,
+    "demo": Demo,
+}
+
+BAD_INPUT = 2
+INTERRUPTED = 128 + 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = tyro.cli(
-        Command,
-        prog="hotloop",
-        description=DESCRIPTION,
-        args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
-    )
+    """Run one verb; returns the exit code. Raises SystemExit as argparse does, for --help (0) and wrong arguments (2)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return command()
+        return run(arguments)
     except UserError as error:
         print(f"hotloop: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("hotloop: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `hotloop generate RUN | head`. Nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    verb, *rest = arguments or ["--help"]
+    if verb in ("--help", "-h"):
+        print(HELP)
+        return 0
+    if verb == "--version":
+        print(f"hotloop {version('hotloop')}")
+        return 0
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"no verb {verb!r}{hint} (verbs: {', '.join(VERBS)}; see hotloop --help)")
+    command = tyro.cli(
+        VERBS[verb],
+        prog=f"hotloop {verb}",
+        description=inspect.cleandoc(VERBS[verb].__doc__ or ""),
+        args=rest,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+    )
+    return command()

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hotloop.engine.files import write_file
 from hotloop.engine.report.page import page
 from hotloop.engine.report.summary import jsonable, read_run, summarize
-from hotloop.engine.files import write_file
 
 __all__ = ["write_report"]
 

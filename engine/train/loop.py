@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from hotloop.engine.config import Recipe
@@ -82,6 +83,8 @@ class Run:
     def train(self) -> Outcome:
         """Run to the last step, or until a signal, early stopping or failure."""
         t, r = self.training, self.recipe
+        if t.ended is not None:
+            return Outcome(t.step, t.ended, is_main=self.ranks.is_main)
         clock = time.perf_counter()
         while t.step < r.train.steps:
             batches, data_wait = self._next_batches()
@@ -89,10 +92,11 @@ class Run:
             lr = learning_rate(r.optimizer, r.schedule, t.step, r.train.steps)
             try:
                 self._seed_step()
-                result = t.take_step(batches, n_supervised, lr, stop=bool(self.stop))
-            except (torch.OutOfMemoryError, MemoryError) as error:
+                shared, phases = t.take_step.accumulate(batches, n_supervised, stop=bool(self.stop))
+            except (RuntimeError, MemoryError) as error:
                 self._halve_micro_batch(error)
                 continue
+            result = t.take_step.update(shared, phases, n_supervised, lr)
             t.step += 1
             clock, ms = time.perf_counter(), (time.perf_counter() - clock) * 1e3
             t.seconds += ms / 1e3
@@ -104,25 +108,27 @@ class Run:
             elif stopping:
                 return self._end(self._signal_name(), self.stop.number or signal.SIGTERM)
             elif t.step < r.train.steps and self._due():
-                self._save(self._evaluate() if self._due(r.evaluation.every) else None)
+                loss = self._evaluate() if self._due(r.evaluation.every) else None
                 if r.evaluation.patience is not None and t.evaluations_since_best >= r.evaluation.patience:
-                    return self._end("stopped early")
+                    return self._end("stopped early", loss=loss)
+                self._save(loss)
             else:
                 continue
             t.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
-        if t.finished:
-            return Outcome(t.step, "finished", is_main=self.ranks.is_main)
         loss = self._evaluate() if r.evaluation.every else None
-        t.finished = not self.stop
-        return self._end("finished", loss=loss) if t.finished else self._end(self._signal_name(), self.stop.number)
+        return self._end(self._signal_name(), self.stop.number) if self.stop else self._end("finished", loss=loss)
 
     def close(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.close()
-        self.progress.close()
         if self.ranks.is_main:
+            try:
+                self.store.wait()  # the folder's lock must outlive the write
+            except CheckpointError as error:
+                self._event("checkpoint_failed", str(error))
             self.log.close()
+        self.progress.close()
 
     # Data -----------------------------------------------------------------------------------------------------------
 
@@ -145,10 +151,15 @@ class Run:
     def _seed_step(self) -> None:
         """Dropout's generator is a function of (seed, step, rank), so no generator state needs saving."""
         if self.recipe.model.dropout > 0:
-            torch.manual_seed(hash((self.recipe.train.seed, self.training.step, self.ranks.rank)) & (2**63 - 1))
+            seeds = np.random.SeedSequence((self.recipe.train.seed, self.training.step, self.ranks.rank))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
 
     def _halve_micro_batch(self, error: BaseException) -> None:
-        """After running out of memory: the same global batch in smaller pieces."""
+        """After running out of memory: the same global batch in smaller pieces. Raises any other error again."""
+        # torch has a class for a GPU that is full, but not for a machine whose memory is.
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not full:
+            raise error
         if self.ranks.world_size > 1 or self.micro_batch == 1:
             raise RunFailed(
                 f"out of memory with micro-batches of {self.micro_batch} x {self.context} tokens: resume with a "
@@ -323,6 +334,8 @@ class Run:
         )
 
     def _end(self, reason: str, number: int | None = None, loss: float | None = None) -> Outcome:
+        if number is None:
+            self.training.ended = reason  # the same command then has nothing left to do
         self._save(loss, wait=True)
         self._event("ended", reason)
         return Outcome(self.training.step, reason, number, self.ranks.is_main)

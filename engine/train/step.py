@@ -71,10 +71,16 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Batch], n_supervised: int, lr: float, stop: bool = False) -> StepResult:
         """`n_supervised` counts the whole global batch; `batches` are this rank's micro-batches of it."""
+        return self.update(*self.accumulate(batches, n_supervised, stop), n_supervised, lr)
+
+    def accumulate(self, batches: Sequence[Batch], n_supervised: int, stop: bool = False) -> tuple[Tensor, Phases]:
+        """This rank's gradients. Returns [loss, stop], what the ranks have yet to sum.
+
+        After running out of memory here it can be tried again: nothing but gradients has changed.
+        """
         device = self.ranks.device
         phases = Phases(device)
         normalizer = torch.full((), float(max(n_supervised, 1)), device=device)
-        # [loss, stop]: what all ranks must agree on, summed in one message.
         shared = torch.tensor([0.0, float(stop)], device=device)
         for batch in batches:
             batch = batch.to(device)
@@ -82,6 +88,10 @@ class TrainStep:
             loss.backward()
             shared[0] += loss.detach()
         phases.mark("forward_backward_ms")
+        return shared, phases
+
+    def update(self, shared: Tensor, phases: Phases, n_supervised: int, lr: float) -> StepResult:
+        """Sum over ranks, judge, and take the optimizer's step or leave everything as it is."""
         self.ranks.sum_([*(p.grad for p in self.parameters if p.grad is not None), shared])
         if self.ranks.world_size > 1:
             phases.mark("communication_ms")

@@ -64,7 +64,7 @@ class Training:
         self.seconds = 0.0
         self.best_loss: float | None = None
         self.evaluations_since_best = 0
-        self.finished = False
+        self.ended: str | None = None
 
     def accumulate(self) -> None:
         """Gradients are now summed over micro-batches or ranks: in fp32."""
@@ -88,7 +88,7 @@ class Training:
             "seconds": self.seconds,
             "best_loss": self.best_loss,
             "evaluations_since_best": self.evaluations_since_best,
-            "finished": self.finished,
+            "ended": self.ended,
             "guard": self.guard.state(),
             "budget": self.budget.state(),
             "optimizer": optimizer,
@@ -105,7 +105,7 @@ class Training:
         self.optimizer.load_state_dict(unflatten(checkpoint.tensors("optimizer"), state["optimizer"]))
         self.guard.load_state(state["guard"])
         self.budget.load_state(state["budget"])
-        for name in ("step", "data_offset", "rewinds", "seconds", "best_loss", "evaluations_since_best", "finished"):
+        for name in ("step", "data_offset", "rewinds", "seconds", "best_loss", "evaluations_since_best", "ended"):
             setattr(self, name, state[name])
         return state["environment"]
 

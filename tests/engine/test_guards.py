@@ -147,14 +147,22 @@ def test_a_rewind_before_the_first_checkpoint_starts_again(tmp_path, recipe, mon
     assert [line["step"] for line in lines(run, "event") if line["name"] == "rewound"] == [0]
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batches(tmp_path, recipe, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batches(tmp_path, recipe, monkeypatch, error):
     made = recipe()
     pretrain(made, tmp_path / "plenty")
 
     class Tight(CausalObjective):
         def forward(self, tokens, *arguments):
             if tokens.shape[0] > 2:
-                raise torch.OutOfMemoryError("out of memory")
+                raise error
             return super().forward(tokens, *arguments)
 
     monkeypatch.setitem(training.OBJECTIVES, "causal", Tight)
@@ -163,6 +171,33 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batches(tmp_path, re
     for a, b in zip(lines(tmp_path / "tight", "train"), lines(tmp_path / "plenty", "train"), strict=True):
         assert (a["step"], a["supervised"]) == (b["step"], b["supervised"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_another_error_is_not_taken_for_a_full_memory(tmp_path, recipe, monkeypatch):
+    class Broken(CausalObjective):
+        def forward(self, *arguments):
+            raise RuntimeError("shapes do not match")
+
+    monkeypatch.setitem(training.OBJECTIVES, "causal", Broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        pretrain(recipe(), tmp_path / "run")
+
+
+def test_early_stopping_keeps_the_best_and_stays_stopped(tmp_path, recipe):
+    made = recipe(
+        train={"steps": 200}, optimizer={"lr": 0.5}, evaluation={"every": 3, "patience": 2}, checkpoint={"every": 50}
+    )
+    run = tmp_path / "run"
+    first = pretrain(made, run)
+    assert first.reason == "stopped early"
+    assert first.step < 200
+    evaluations = lines(run, "eval")
+    best = min(evaluations, key=lambda line: line["loss"])
+    assert evaluations.index(best) == len(evaluations) - 3
+    assert checkpoints.best(run / "checkpoints").step == best["step"]
+    again = pretrain(made, run)
+    assert (again.reason, again.step) == ("stopped early", first.step)
+    assert lines(run, "eval") == evaluations
 
 
 def test_a_batch_without_supervision_changes_nothing(corpus, recipe):

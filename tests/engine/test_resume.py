@@ -130,7 +130,7 @@ def kill_at_random(tmp_path: Path, recipe: Recipe, run: Path, kills: int, seed: 
             (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > before
         ):
             time.sleep(0.01)
-        moment = draw.uniform(0, 1.0)
+        moment = draw.uniform(0, 0.4)
         time.sleep(moment)
         if process.poll() is not None:
             break
@@ -148,7 +148,7 @@ def long_recipe(recipe, steps: int) -> Recipe:
 
 
 def test_killed_at_random_moments(tmp_path, recipe, uninterrupted):
-    made = long_recipe(recipe, 250)
+    made = long_recipe(recipe, 500)
     moments = kill_at_random(tmp_path, made, tmp_path / "run", kills=5, seed=0)
     print("killed at (s after the first line of each start):", [round(m, 3) for m in moments])
     assert len(moments) == 5
@@ -157,7 +157,7 @@ def test_killed_at_random_moments(tmp_path, recipe, uninterrupted):
 
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(tmp_path, recipe, uninterrupted):
-    made = long_recipe(recipe, 2500)
+    made = long_recipe(recipe, 4000)
     moments = kill_at_random(tmp_path, made, tmp_path / "run", kills=50, seed=1)
     print("killed at (s after the first line of each start):", [round(m, 3) for m in moments])
     assert len(moments) == 50
