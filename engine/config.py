@@ -54,22 +54,28 @@ class ModelConfig:
     """Entries of the vocabulary; none: the tokenizer's. Stored padded to a multiple of 64; padding never wins."""
     n_layers: int = 6
     d_model: int = 384
+    """Width; a multiple of 8 n_heads."""
     n_heads: int = 6
+    """Heads of q."""
     n_kv_heads: int | None = None
     """Heads of k and v (grouped-query attention); none: n_heads."""
     d_ff: int | None = None
     """Width of the feed-forward layer; none: 4 d_model for gelu, 8/3 d_model rounded up to 64 for swiglu."""
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    """Added to a norm's variance."""
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     bias: bool = False
     """Biases in linear layers and layer norms."""
     tied_head: bool = True
     """One matrix embeds tokens and projects to the vocabulary."""
     causal: bool = True
+    """A position sees itself and what is before it; false: an encoder."""
     dropout: float = 0.0
+    """Share of activations set to 0 in training."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 n_layers)."""
 
@@ -79,11 +85,15 @@ class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
     beta2: float = 0.95
+    """Decay of its mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and biases are never decayed."""
     decay_embeddings: bool = False
+    """Decay embeddings too, and with them a tied head."""
     max_grad_norm: float | None = 1.0
     """Global gradient norm is clipped to this; none: no clipping."""
 
@@ -92,6 +102,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     kind: Literal["cosine", "trapezoid", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
     decay_fraction: float = 0.4
     """Share of the steps in which a trapezoid falls; cosine and linear fall from the end of the warm-up."""
     final_lr_ratio: float = 0.0
@@ -101,11 +112,13 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
+    """Optimizer steps of the whole run."""
     global_batch: int = 32
     """Packed sequences per optimizer step, over all ranks and accumulation."""
     micro_batch: int = _execution(8)
     """Packed sequences per forward pass of one rank."""
     seed: int = 0
+    """Decides the initial weights, the order of the data, dropout and stochastic rounding."""
     precision: Literal["auto", "fp32", "bf16", "bf16_stochastic"] = "auto"
     """bf16: parameters in bf16 with an fp32 master copy; bf16_stochastic: stochastic rounding instead of the master;
     auto: bf16 where the device multiplies it natively, else fp32."""
@@ -114,6 +127,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep each layer's input only and compute the rest again in the backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
     threads: int | None = _execution(None)
     """CPU threads; none: torch's own choice."""
 
@@ -133,7 +147,9 @@ class CheckpointConfig:
     every: int = _execution(200)
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = _execution(2)
+    """Newest checkpoints that are kept."""
     keep_best: int = _execution(1)
+    """Checkpoints of the lowest held-out loss that are kept besides."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +157,14 @@ class GuardConfig:
     outlier_z: float | None = 8.0
     """Skip a step whose loss is this many standard deviations above its recent mean; none: never."""
     window: int = 128
-    """Steps of the recent mean."""
+    """Steps of the recent mean; nothing is an outlier in the first quarter of it."""
     skip_budget: int = 5
     """Skipped steps, non-finite or outliers, among the last `budget_window`; beyond it the run rewinds to the last good
     checkpoint and goes on with the data after the range."""
     budget_window: int = 50
+    """Steps over which skips are counted."""
     max_rewinds: int = 3
+    """Rewinds after which the run gives up."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +172,7 @@ class LogConfig:
     every: int = _execution(10)
     """Steps between lines of progress; metrics of every step are in metrics.jsonl."""
     tensorboard: bool = _execution(True)
+    """Write event files for TensorBoard too."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,8 @@ def check(recipe: Recipe) -> None:
         "optimizer.max_grad_norm": recipe.optimizer.max_grad_norm, "evaluation.patience": recipe.evaluation.patience,
         "evaluation.max_bytes": recipe.evaluation.max_bytes, "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep_last": recipe.checkpoint.keep_last, "log.every": recipe.log.every, "guards.window": g.window,
-        "guards.budget_window": g.budget_window, "guards.outlier_z": g.outlier_z,
+        "guards.budget_window": g.budget_window, "guards.outlier_z": g.outlier_z, "model.rope_theta": m.rope_theta,
+        "model.norm_eps": m.norm_eps,
     }  # fmt: skip
     for name, value in positive.items():
         require(value is None or value > 0, f"{name} = {value}: must be greater than 0")
@@ -229,6 +249,7 @@ def check(recipe: Recipe) -> None:
     for name, value in {"schedule.decay_fraction": recipe.schedule.decay_fraction,
                         "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio}.items():  # fmt: skip
         require(0 <= value <= 1, f"{name} = {value}: must be between 0 and 1")
+    require(0 <= t.seed < 1 << 63, f"train.seed = {t.seed}: must be at least 0 and below 2^63")
     require(
         m.d_model % m.n_heads == 0,
         f"model.d_model = {m.d_model}: must be a multiple of model.n_heads = {m.n_heads}",
@@ -251,26 +272,30 @@ def check(recipe: Recipe) -> None:
     )
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Build a (nested) dataclass from a dictionary, checking names and types. Raises RecipeError."""
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, inside: bool = False) -> T:
+    """Build a (nested) dataclass from a dictionary, checking names and types. Raises RecipeError.
+
+    where: begins the message; inside: it already names a section.
+    """
     hints = typing.get_type_hints(cls)
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     arguments = {}
     for name, value in values.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name, known, n=1) or _sections_with(name, hints)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise RecipeError(f"{where}: unknown field {name!r}{hint} (allowed: {', '.join(known)})")
-        arguments[name] = _convert(hints[name], value, f"{where}: {name}")
+        arguments[name] = _convert(hints[name], value, f"{where}.{name}" if inside else f"{where}: {name}")
     return cls(**arguments)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested dictionary that `from_dict` reads; unset (None) fields are left out, as TOML has no null."""
+    """The nested dictionary that `from_dict` reads. TOML has no null: a field that is None is left out where that is
+    its default, and "none" elsewhere."""
     return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        f.name: to_dict(value) if dataclasses.is_dataclass(value) else "none" if value is None else value
         for f in fields(config)
-        if (value := getattr(config, f.name)) is not None
+        if (value := getattr(config, f.name)) is not None or f.default is not None
     }
 
 
@@ -299,11 +324,16 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
     return lines
 
 
+def _sections_with(name: str, hints: dict[str, Any]) -> list[str]:
+    """`section.name` of the sections that have such a field."""
+    return [f"{s}.{name}" for s, hint in hints.items() if name in getattr(hint, "__dataclass_fields__", ())]
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise RecipeError(f"{where} = {value!r}: expected a section")
-        return from_dict(hint, value, where)  # type: ignore[arg-type]
+        return from_dict(hint, value, where, inside=True)  # type: ignore[arg-type]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value == "none":
             return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.checkpointed import TrainedModel
+from hotloop.engine.errors import UserError
 from hotloop.engine.model import KeyValueCache, Transformer
 
 
@@ -28,7 +29,8 @@ class Sampling:
 def generate(model: Transformer, prompt: list[int], sampling: Sampling, end_id: int) -> Iterator[int]:
     """Yield tokens after `prompt` (which starts with end_id, as every document did) until end_id or max_tokens.
 
-    Beyond the model's context the oldest half is forgotten and the rest read again.
+    Of a longer prompt the last `context` tokens are read. Where the context is full, its newest half is read again as if
+    a sequence began there, and the rest is forgotten.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -37,7 +39,7 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling, end_id: 
     cache, unread = KeyValueCache(), tokens[-context:]
     for _ in range(sampling.max_tokens):
         if cache.length + len(unread) > context:
-            cache, unread = KeyValueCache(), tokens[-(context // 2) :]
+            cache, unread = KeyValueCache(), tokens[-max(context // 2, 1) :]
         logits = model.logits(torch.tensor([unread], device=device), cache=cache)[0, -1].float()
         token = int(sample(logits, sampling, generator))
         if token == end_id:
@@ -50,9 +52,10 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling, end_id: 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:  # (V,) fp32 -> ()
     if sampling.temperature == 0:
         return logits.argmax()
-    logits = logits / sampling.temperature
+    logits = (logits - logits.max()) / sampling.temperature  # at most 0: no temperature is too small
     if sampling.top_k is not None and sampling.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+        values, kept = logits.topk(sampling.top_k)
+        logits = torch.full_like(logits, float("-inf")).index_copy(0, kept, values)
     probabilities = logits.softmax(-1)
     if sampling.top_p is not None:
         sorted_, order = probabilities.sort(descending=True)
@@ -62,7 +65,14 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
 
 
 def complete(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator[str]:
-    """Yield the text after `prompt` piece by piece; a character whose bytes are not all there yet waits for them."""
+    """Yield the text after `prompt` piece by piece; a character whose bytes are not all there yet waits for them.
+
+    Raises UserError for a prompt that is not valid Unicode.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid UTF-8 at character {error.start}") from error
     tokenizer, end_id = trained.tokenizer, trained.end_id
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids if prompt else []
     new: list[int] = []
@@ -70,7 +80,8 @@ def complete(trained: TrainedModel, prompt: str, sampling: Sampling) -> Iterator
     for token in generate(trained.model, [end_id, *ids], sampling, end_id):
         new.append(token)
         text = tokenizer.decode(ids + new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if len(text) > shown and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[shown:]
             shown = len(text)
-    yield tokenizer.decode(ids + new)[shown:]
+    if rest := tokenizer.decode(ids + new)[shown:]:
+        yield rest

@@ -24,11 +24,15 @@ PACKAGES = ("hotloop", "torch", "triton", "numpy", "tokenizers", "pyarrow")
 class Doctor:
     """Show what this machine has, which backend serves each op and why not the others, and check them all.
 
-    Exit code 1 if a backend's numbers are wrong.
+    Examples:
+      hotloop doctor
+      hotloop doctor --no-measure --json
+
+    Every backend of every op is compared with the formula in fp64. Exit code 1 if the numbers of one are wrong.
     """
 
     measure: bool = True
-    """Measure matmul and copy peaks (some seconds)."""
+    """Leave out the measured peaks of matmul and copy, which take some seconds."""
     json: bool = False
     """Print one JSON object."""
 

@@ -50,7 +50,7 @@ INTERRUPTED = 128 + 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code. Raises SystemExit as argparse does, for --help (0) and wrong arguments (2)."""
+    """Run one verb and return the exit code. Raises SystemExit for a verb's --help (0) and for wrong arguments (2)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return run(arguments)
@@ -83,6 +83,6 @@ def run(arguments: Sequence[str]) -> int:
         prog=f"hotloop {verb}",
         description=inspect.cleandoc(VERBS[verb].__doc__ or ""),
         args=rest,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
+        config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
     return command()

@@ -22,6 +22,11 @@ from hotloop.engine.data.prepare import Progress as OnProgress
 class Prepare(PrepareConfig):
     """Turn folders or files of documents into a tokenized corpus for training.
 
+    Examples:
+      hotloop prepare my_documents/ --out corpora/mine
+      hotloop prepare notes.jsonl.zst more/ --text-field body --out corpora/mine --vocab-size 4096
+      hotloop prepare other/ --out corpora/other --tokenizer runs/mine/tokenizer.json --validation-fraction 0
+
     Reads .txt .md .py (a file is a document), .jsonl .csv .parquet (a row is a document), also .gz and .zst of these.
     Drops exact duplicates, holds documents out for validation, trains a tokenizer on the rest or reuses one, and writes
     shards. A corpus larger than memory works. What cannot be read is counted, and listed in problems.log.

@@ -53,6 +53,14 @@ class Report:
         if self.sink is not None:
             self.sink.write(json.dumps({"kind": kind, "file": file, **place, "message": message}) + "\n")
 
+    def first_problem(self) -> str:
+        """Its place and message, and how many more there are."""
+        if not self.problems:
+            return "no problem was found"
+        more = sum(self.problems.values()) - 1
+        first = next(iter(self.examples.values()))[0]
+        return f"{first}; and {more:,} more" if more else first
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "files": self.files,

@@ -46,7 +46,7 @@ class PrepareConfig:
     on_bad_encoding: OnBadEncoding = "replace"
     """A document with invalid UTF-8: replace the bytes with U+FFFD, skip the document, or stop with an error."""
     tokenizer: Path | None = None
-    """tokenizer.json to reuse; none: train one on the training split."""
+    """tokenizer.json to reuse, or a folder that has one; none: train one on the training split."""
     kind: Kind = "bpe"
     """Kind of tokenizer to train; bpe is byte-level and lossless."""
     vocab_size: int = 16_384
@@ -101,7 +101,7 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
     with _written_aside(out) as folder:
         with open(folder / "problems.log", "w", encoding="utf-8") as sink:
             report = Report(sink=sink)
-            scan = _scan(track("scan", documents.read(report)), config, held_out)
+            scan = _scan(track("scan", documents.read(report)), config, held_out, report)
             sink.flush()
             os.fsync(sink.fileno())
         seconds["scan"] = time.perf_counter() - started
@@ -189,7 +189,7 @@ class Sample:
             self.n_bytes -= len(heapq.heappop(self._heap)[2])
 
 
-def _scan(segments: Iterator[Segment], config: PrepareConfig, held_out: frozenset[str]) -> _Scan:
+def _scan(segments: Iterator[Segment], config: PrepareConfig, held_out: frozenset[str], report: Report) -> _Scan:
     sample_key = _key(config.seed, "sample")
     scan = _Scan(Sample(config.tokenizer_bytes, sample_key))
     decisions, sample = scan.decisions, scan.sample
@@ -229,7 +229,7 @@ def _scan(segments: Iterator[Segment], config: PrepareConfig, held_out: frozense
     scan.content = content.hexdigest()
     kept = len(seen)
     if not kept:
-        raise UserError("no document has any text; see the problems above or another --text-field")
+        raise UserError(f"no document has any text ({report.first_problem()})")
     if config.validation_fraction and not decisions.count(_TO_VALIDATION):
         if config.split_by == "folder":
             raise UserError("the held-out folders have no documents of their own; raise --validation-fraction")

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hotloop.kernels.attention import platform, reference
 from hotloop.kernels.attention.arguments import autocast, check_cu_seqlens, check_qkv, options_of, per_head, seed_tensor
 from hotloop.kernels.attention.options import Options, lse_dtype
+from hotloop.kernels.autograd import first_order
 from hotloop.kernels.dispatch import Table
 
 UNBOUNDED = (None, None)
@@ -160,7 +160,7 @@ class Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, o, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hotloop.kernels.autograd import first_order
 from hotloop.kernels.cross_entropy import platform, reference, schedule
 from hotloop.kernels.cross_entropy.checks import (
     SCHEDULES,
@@ -25,7 +26,6 @@ from hotloop.kernels.cross_entropy.checks import (
     under_autocast,
 )
 from hotloop.kernels.cross_entropy.contract import Needs, Options, Rows, Upstream, accumulation_dtype, gradient_dtype
-from hotloop.kernels.cross_entropy.op import first_order
 from hotloop.kernels.dispatch import Backend, Table
 
 lib = torch.library.Library("hotloop", "FRAGMENT")
@@ -187,7 +187,7 @@ class OnePass(torch.autograd.Function):
         return loss, *others
 
     @staticmethod
-    @first_order
+    @first_order("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * ctx.n_args
         if dloss is None:
@@ -228,7 +228,7 @@ class RowLosses(torch.autograd.Function):
         return loss, nll, lse, entropy, predicted
 
     @staticmethod
-    @first_order
+    @first_order("linear_cross_entropy")
     def backward(
         ctx: Any, dloss: Tensor | None, dnll: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:

@@ -6,13 +6,12 @@ The operator gives the loss of each row; the reduction is PyTorch's. It is decla
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hotloop.kernels.autograd import first_order
 from hotloop.kernels.cross_entropy import platform, reference
 from hotloop.kernels.cross_entropy.checks import (
     as_constant,
@@ -117,26 +116,6 @@ torch.library.register_fake("hotloop::cross_entropy_backward_", lambda *_: None,
 ops = torch.ops.hotloop
 
 
-def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """For a backward pass that has no derivative: differentiating its results again raises.
-
-    `torch.autograd.function.once_differentiable` does that only where an upstream gradient requires a gradient itself;
-    with the constant 1 of `loss.backward(create_graph=True)` a gradient penalty would silently count as a constant.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():  # no create_graph
-            return gradients
-        message = b"hotloop: cross entropy has first derivatives only, and its gradient was differentiated again"
-        refuse = torch._C._functions.DelayedError(message, len(gradients))
-        return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))  # type: ignore[arg-type]
-
-    return wrapper
-
-
 class CrossEntropy(torch.autograd.Function):
     """The gradient, registered on the operator itself, so that no path around the public function can lose it."""
 
@@ -152,7 +131,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @first_order
+    @first_order("cross_entropy")
     def backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dloss is None or not ctx.needs_input_grad[0]:
             return (None,) * 11

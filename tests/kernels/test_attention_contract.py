@@ -369,3 +369,11 @@ def test_choice_and_reasons() -> None:
         single = wide.float()
         assert "not torch.float32" in str(platform.supports(single, single, single, *call[3:], needs_dlse=False))
         assert platform.supports(*call, needs_dlse=False) is None or not torch.cuda.is_available()
+
+
+def test_a_gradient_penalty_is_refused():
+    """With the constant gradient of a sum, first derivatives that pass for constants would be silently wrong."""
+    q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        (attention(q, k, v).sum() + dq.square().sum()).backward()
