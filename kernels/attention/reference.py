@@ -24,28 +24,7 @@ from torch import Tensor
 
 from hotloop.kernels.attention.options import Options, lse_dtype
 from hotloop.kernels.dispatch import Backend
-
-MASK_32 = 0xFFFFFFFF
-
-
-def _multiply_32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit a and b, b in int64. By halves of b: the product may pass 2^63."""
-    high, low = a * (b >> 16), a * (b & 0xFFFF)
-    return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & MASK_32
-
-
-def philox_4x32_10(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor],  # broadcastable int64, each in [0, 2^32)
-    key: tuple[Tensor, Tensor],  # broadcastable int64, each in [0, 2^32)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # int64, uniform over [0, 2^32)
-    """The Philox-4x32-10 block function."""
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(10):
-        high_0, low_0 = _multiply_32(0xD2511F53, c0)
-        high_1, low_1 = _multiply_32(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
-        k0, k1 = (k0 + 0x9E3779B9) & MASK_32, (k1 + 0xBB67AE85) & MASK_32
-    return c0, c1, c2, c3
+from hotloop.kernels.philox import MASK_32, philox_4x32_10
 
 
 def dropout_keep(

@@ -21,9 +21,10 @@ from hotloop.kernels.attention import (
     attention_with_lse,
     cu_seqlens_from_document_ids,
 )
-from hotloop.kernels.attention.reference import dropout_keep, philox_4x32_10
+from hotloop.kernels.attention.reference import dropout_keep
 from hotloop.kernels.attention.segments import plan
 from hotloop.kernels.dispatch import use_backend
+from hotloop.kernels.philox import philox_4x32_10
 from hotloop.kernels.testing import LAYOUTS, assert_no_worse, lay_out
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
