@@ -53,6 +53,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Entries of the vocabulary; none: the tokenizer's. Stored padded to a multiple of 64; padding never wins."""
     n_layers: int = 6
+    """Blocks of attention and feed-forward."""
     d_model: int = 384
     """Width; a multiple of 8 n_heads."""
     n_heads: int = 6

@@ -29,8 +29,8 @@ class Sampling:
 def generate(model: Transformer, prompt: list[int], sampling: Sampling, end_id: int) -> Iterator[int]:
     """Yield tokens after `prompt` (which starts with end_id, as every document did) until end_id or max_tokens.
 
-    Of a longer prompt the last `context` tokens are read. Where the context is full, its newest half is read again as if
-    a sequence began there, and the rest is forgotten.
+    Of a longer prompt the last `context` tokens are read. Where the context is full, its newest half is read again as
+    if a sequence began there, and the rest is forgotten.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)

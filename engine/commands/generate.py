@@ -19,8 +19,8 @@ class Generate:
       hotloop generate runs/mine --temperature 0 --max-tokens 50
       hotloop generate runs/mine --checkpoint best --top-p 0.95 --seed 7
 
-    Works while the run is still training. Text is printed as it is drawn; the same arguments give the same text. A sample
-    ends where the model ends the document, or after --max-tokens.
+    Works while the run is still training. Text is printed as it is drawn; the same arguments give the same text. A
+    sample ends where the model ends the document, or after --max-tokens.
     """
 
     run: Annotated[Path, tyro.conf.Positional]

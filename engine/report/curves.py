@@ -94,7 +94,7 @@ def grad_norm_curve(run: Run) -> Picture:
     norm = run.train["grad_norm"]
     norm[~(norm > 0)] = np.nan
     limit = run.config.get("optimizer", {}).get("max_grad_norm")
-    limits = [] if limit is None else [limit]
+    limits = [limit] if isinstance(limit, int | float) else []  # "none" is no clipping
     low, high = min([np.nanmin(norm), *limits]) / 1.3, max([np.nanmax(norm), *limits]) * 1.3
 
     def draw(axes: Axes) -> None:

@@ -88,8 +88,13 @@ class RunFolder:
         self.close()
 
     def _take_lock(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}): give the run another folder (--out)"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

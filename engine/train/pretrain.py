@@ -16,6 +16,7 @@ from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.folder import RunFolder
 from hotloop.engine.train.loop import Outcome, Run
 from hotloop.engine.train.signals import StopSignal
+from hotloop.kernels.selfcheck import self_check
 
 
 def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] | None = None) -> Outcome:
@@ -32,6 +33,8 @@ def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] |
             corpus = Corpus(recipe.data.path)
             saved = ranks.broadcast(folder.open(recipe, corpus.folder) if ranks.is_main else None)
             resolved = resolve(recipe, saved, corpus, ranks)
+            if ranks.device.type == "cuda":
+                check_backends(ranks.device, precision.POLICIES[resolved.train.precision].dtype)
             if saved is None and ranks.is_main:
                 folder.create(recipe, resolved, corpus.folder)
             run = Run(resolved, folder, corpus, ranks, stop, fault)
@@ -41,6 +44,20 @@ def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] |
                 run.close()
         finally:
             ranks.stop()
+
+
+def check_backends(device: torch.device, dtype: torch.dtype) -> None:
+    """No run trains on a kernel that is wrong on this device: compare those that would serve it with the formula.
+
+    Raises UserError naming each one that differs.
+    """
+    wrong = [o for o in self_check(device, [dtype]) if o.chosen and not o.fine]
+    if wrong:
+        lines = "; ".join(f"{o.op} ({o.call}) on backend {o.backend}: {o.detail}" for o in wrong)
+        raise UserError(
+            f"{device} computes wrong results: {lines}. Force another backend with HOTLOOP_BACKEND=reference and "
+            "report the output of `hotloop doctor`"
+        )
 
 
 def resolve(recipe: Recipe, saved: Recipe | None, corpus: Corpus, ranks: Ranks) -> Recipe:

@@ -183,6 +183,21 @@ def test_another_error_is_not_taken_for_a_full_memory(tmp_path, recipe, monkeypa
         pretrain(recipe(), tmp_path / "run")
 
 
+def test_no_run_trains_on_a_kernel_that_is_wrong_here(monkeypatch):
+    from dataclasses import replace
+
+    from hotloop.engine.errors import UserError
+    from hotloop.engine.train import pretrain as module
+    from hotloop.kernels.attention.op import TABLE
+
+    module.check_backends(CPU, torch.float32)
+    right = TABLE["torch"]
+    wrong = replace(right, forward=lambda *arguments: [2 * x for x in right.forward(*arguments)])
+    monkeypatch.setitem(TABLE._by_name, "torch", wrong)
+    with pytest.raises(UserError, match=r"attention .* on backend torch.*HOTLOOP_BACKEND=reference"):
+        module.check_backends(CPU, torch.float32)
+
+
 def test_early_stopping_keeps_the_best_and_stays_stopped(tmp_path, recipe):
     made = recipe(
         train={"steps": 200}, optimizer={"lr": 0.5}, evaluation={"every": 3, "patience": 2}, checkpoint={"every": 50}
