@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -250,6 +251,10 @@ def check(recipe: Recipe) -> None:
     for name, value in {"schedule.decay_fraction": recipe.schedule.decay_fraction,
                         "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio}.items():  # fmt: skip
         require(0 <= value <= 1, f"{name} = {value}: must be between 0 and 1")
+    require(
+        recipe.evaluation.patience is None or recipe.evaluation.every > 0,
+        f"evaluation.patience = {recipe.evaluation.patience}: needs evaluation.every > 0, it is 0 (never)",
+    )
     require(0 <= t.seed < 1 << 63, f"train.seed = {t.seed}: must be at least 0 and below 2^63")
     require(
         m.d_model % m.n_heads == 0,
@@ -347,6 +352,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise RecipeError(f"{where} = {value!r}: expected a finite number")
     if type(value) is not hint:
         expected = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
         raise RecipeError(f"{where} = {value!r}: expected {expected}")

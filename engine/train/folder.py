@@ -28,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self._lock: int | None = None
+        self._made = False
 
     def open(self, recipe: Recipe, corpus: Path) -> Recipe | None:
         """Lock the folder for `recipe`. Returns the resolved recipe of the run that is there, or None for a new run.
@@ -85,11 +86,16 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._made and {entry.name for entry in self.path.iterdir()} <= {LOCK}:
+            (self.path / LOCK).unlink(missing_ok=True)  # refused before it began: the folder goes as it came
+            self.path.rmdir()
         self.close()
 
     def _take_lock(self) -> None:
         try:
+            new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._made = new
             self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
         except OSError as error:
             raise UserError(

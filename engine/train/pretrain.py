@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hotloop.engine.config import Recipe
+from hotloop.engine.data.evaluation import evaluation_documents
 from hotloop.engine.data.shards import Corpus
 from hotloop.engine.errors import UserError
 from hotloop.engine.train import distributed, precision
@@ -73,6 +74,7 @@ def resolve(recipe: Recipe, saved: Recipe | None, corpus: Corpus, ranks: Ranks) 
             f"train.global_batch = {train.global_batch}: must be a multiple of train.micro_batch x ranks = "
             f"{train.micro_batch} x {ranks.world_size}"
         )
+    _check_evaluation(recipe, corpus)
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if train.compile and version < (2, 13):
         raise UserError(f"train.compile needs torch 2.13 (this is {torch.__version__}): set it to false")
@@ -83,3 +85,18 @@ def resolve(recipe: Recipe, saved: Recipe | None, corpus: Corpus, ranks: Ranks) 
         model=replace(model, vocab_size=corpus.vocab_size),
         train=replace(train, precision=name),  # type: ignore[arg-type]
     )
+
+
+def _check_evaluation(recipe: Recipe, corpus: Corpus) -> None:
+    """What the first evaluation would find wrong, steps later."""
+    if "validation" not in corpus.splits:
+        if recipe.evaluation.patience is not None:
+            raise UserError(
+                f"evaluation.patience = {recipe.evaluation.patience}, but {corpus.folder} has no validation split: "
+                "prepare it with --validation-fraction, or leave it out"
+            )
+    elif recipe.evaluation.every:
+        try:
+            evaluation_documents(corpus.split("validation"), recipe.evaluation.max_bytes, recipe.train.seed)
+        except UserError as error:
+            raise UserError(f"evaluation.max_bytes = {recipe.evaluation.max_bytes}: {error}") from error

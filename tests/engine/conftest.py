@@ -14,11 +14,11 @@ WORDS = ["the", "a", "loss", "token", "model", "step", "gradient", "batch", "dat
 
 
 def write_documents(folder: Path, n: int, seed: int = 0) -> Path:
-    """Sentences of few words: documents of 5 to 400 words, unlike each other."""
+    """Sentences of few words, unlike each other: every other document is of a line, the rest of up to 400 words."""
     draw = random.Random(seed)
     folder.mkdir(parents=True)
     for i in range(n):
-        words = [draw.choice(WORDS) for _ in range(draw.randint(5, 400))]
+        words = [draw.choice(WORDS) for _ in range(draw.randint(3, 12 if i % 2 else 400))]
         (folder / f"{i:03}.txt").write_text(" ".join(words), encoding="utf-8")
     return folder
 

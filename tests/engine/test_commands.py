@@ -117,7 +117,8 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    """Path -> bytes of every file, and of every folder none."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
 def change(path: Path, old: str, new: str) -> None:
@@ -180,6 +181,39 @@ def test_unset_fields_survive_a_resumed_run(here: Path, hotloop: Hotloop):
     said = hotloop(*command)
     assert (said.code, said.out) == (0, "finished at step 4: free/report.html\n")
     assert hotloop("eval", "free").code == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.steps=1"],
+        ["model.context=1"],
+        ["data.context=1"],
+        ["train.global_batch=1", "train.micro_batch=1", "checkpoint.every=1"],
+        ["train.global_batch=4096", "train.micro_batch=512"],  # more than the corpus has packs
+        ["data.path=one"],
+        ["data.path=one", "train.global_batch=256"],
+        ["evaluation.every=0"],
+        ["evaluation.every=1", "checkpoint.keep_best=0"],
+        ["schedule.warmup_steps=99"],
+    ],
+    ids=" ".join,
+)
+def test_runs_at_the_edge(here: Path, hotloop: Hotloop, settings):
+    """The smallest of everything: one step, one token of context, one document, no held-out text."""
+    if "data.path=one" in settings:
+        assert hotloop("prepare", "documents/0.txt", "--out", "one", "--validation-fraction", "0").code == 0
+    command = [word for setting in ["train.steps=2", *settings] for word in ("--set", setting)]
+    said = hotloop("pretrain", "recipe.toml", "--out", "edge", *command)
+    assert said.code == 0, said.err
+    train = [line for line in read_metrics(here / "edge/metrics.jsonl") if line["kind"] == "train"]
+    assert len(train) == (1 if "train.steps=1" in settings else 2)
+    assert all(5 < line["loss"] < 6 and not line["skipped"] for line in train)  # ln 300 = 5.7
+    said = hotloop("eval", "edge", "--split", "train", "--max-bytes", "2000")
+    assert said.code == 0, said.err
+    prompt = "a prompt beyond every context: " + "7 " * 100
+    said = hotloop("generate", "edge", "--prompt", prompt, "--max-tokens", "40")
+    assert (said.code, said.out[: len(prompt)]) == (0, prompt)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -333,6 +367,9 @@ BAD = [
     bad("key without its section", TRAIN + "steps=5", "unknown field 'steps'", "did you mean 'train.steps'"),
     bad("wrong type", TRAIN + "train.steps=many", "train.steps = 'many'", "an integer"),
     bad("wrong choice", TRAIN + "schedule.kind=cosin", "schedule.kind = 'cosin'", "'cosine'"),
+    bad("not finite", TRAIN + "optimizer.lr=inf", "optimizer.lr = inf", "a finite number"),
+    bad("patience without evaluations", TRAIN + "evaluation.every=0 --set evaluation.patience=2",
+        "evaluation.patience = 2", "evaluation.every > 0"),
     bad("no path of data", TRAIN + "data.path=", "data.path is not set", "hotloop prepare"),
     bad("context beyond the model's", TRAIN + "data.context=64", "data.context = 64", "model.context = 32"),
     bad("batch that does not divide", TRAIN + "train.micro_batch=3", "train.global_batch = 8", "micro_batch = 3"),
@@ -346,6 +383,10 @@ BAD = [
         "a vocabulary of 70000 does not fit the shards' uint16", before=with_manifest(vocab_size=70_000)),
     bad("truncated shard", "pretrain recipe.toml --out new", "train-00000.shard", "truncated",
         before=lambda here: os.truncate(here / "corpus/train-00000.shard", 1000)),
+    bad("no held-out document fits", TRAIN + "evaluation.max_bytes=10", "evaluation.max_bytes = 10",
+        "no document of 'validation' fits", "the shortest has"),
+    bad("patience without held-out documents", TRAIN + "data.path=all --set evaluation.patience=2",
+        "evaluation.patience = 2", "all has no validation split", before=no_validation),
     # pretrain: the folder
     bad("run of another configuration", AGAIN + "--set train.seed=1", "run is a run of another configuration",
         "train.seed: 0 -> 1", "--out"),
