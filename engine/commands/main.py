@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "demo": Demo,
 }
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 128 + 2
 
@@ -52,6 +54,8 @@ INTERRUPTED = 128 + 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code. Raises SystemExit for a verb's --help (0) and for wrong arguments (2)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         return run(arguments)
     except UserError as error:
@@ -63,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone, as in `hotloop generate RUN | head`. Nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return FAILED
+    except OSError as error:  # a full disk, a folder that went away: of the machine, not of the program
+        print(f"hotloop: {error}", file=sys.stderr)
+        return FAILED
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ def recipe_help() -> str:
     hints = typing.get_type_hints(Recipe)
     for section in dataclasses.fields(Recipe):
         cls = hints[section.name]
-        if not dataclasses.is_dataclass(cls):
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             lines.append(_line(f"{section.name} = {_default(section.default)}", _meaning("", cls)))
             continue
         lines.append(f"[{section.name}]")

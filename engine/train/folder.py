@@ -56,6 +56,8 @@ class RunFolder:
         if not (self.path / CONFIG).exists():
             return None
         for name in CORPUS:
+            if not (self.path / name).exists():
+                raise UserError(f"{self.path / name} is missing: the run's folder is not whole")
             if (self.path / name).read_bytes() != (corpus / name).read_bytes():
                 self.close()
                 raise UserError(

@@ -273,6 +273,15 @@ def test_a_reader_that_goes_away_is_no_error(here: Path):
     assert done.stderr == ""
 
 
+def test_a_terminal_that_is_not_utf8(here: Path):
+    done = subprocess.run(
+        [*HOTLOOP, "generate", "run", "--prompt", "é漢", "--max-tokens", "1"],
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("é?".encode("latin-1"))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(here: Path, hotloop: Hotloop):
     path = here / "run/checkpoints/step-00000012/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -394,6 +403,8 @@ BAD = [
     bad("folder of something else", "pretrain recipe.toml --out documents", "documents is not empty and not a run",
         "--out"),
     bad("file as folder", "pretrain recipe.toml --out recipe.toml", "recipe.toml is a file", "--out"),
+    bad("run that is not whole", AGAIN, "run/tokenizer.json is missing",
+        before=lambda here: (here / "run/tokenizer.json").unlink()),
     bad("no whole checkpoint left", AGAIN, "no checkpoint in run/checkpoints is whole", "manifest.json",
         before=all_checkpoints_damaged),
     # eval and generate
@@ -467,6 +478,16 @@ def test_a_folder_that_cannot_be_written(here: Path, hotloop: Hotloop):
     assert said.err.startswith(f"hotloop: {arguments[1]}: cannot be")
     assert said.err.count("\n") == 1
     assert hotloop("prepare", "documents", *arguments).code == 2
+
+
+def test_a_full_disk_is_no_traceback(here: Path, hotloop: Hotloop, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "run/metrics.jsonl")
+
+    monkeypatch.setattr("hotloop.engine.train.metrics.MetricsLog.event", full)
+    said = hotloop("pretrain", "recipe.toml", "--out", "run")
+    assert said.code == 1
+    assert said.err == "hotloop: [Errno 28] No space left on device: 'run/metrics.jsonl'\n"
 
 
 # Help
