@@ -1,8 +1,8 @@
 """Counter-based random words: the same on every backend, device, layout, tiling and thread count.
 
-Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is a function from
-a 128-bit counter and a 64-bit key to four 32-bit words. Here in int64 tensor operations, as the definition of right:
-products of two 32-bit words wrap in 64 bits, and the bits that are kept are right.
+Philox-4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is a function
+from a 128-bit counter and a 64-bit key to four 32-bit words. Here in int64 tensor operations, as the definition of
+right: products of two 32-bit words wrap in 64 bits, and the bits that are kept are right.
 """
 
 from __future__ import annotations

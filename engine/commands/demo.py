@@ -34,7 +34,7 @@ PROMPTS = ("", "def read_lines(path):\n", "class Connection:\n    def __init__(s
 class Demo:
     """Pretrain a small GPT on Python's standard library; write samples, a baseline and a report. About five minutes."""
 
-    run: Path = Path("runs/demo")
+    out: Path = Path("runs/demo")
     """Folder of the run; the same command resumes it."""
     recipe: Path = Path("recipes/demo.toml")
 
@@ -56,7 +56,7 @@ class Demo:
             prepare_standard_library(folder)
         clock.lap("prepare")
         try:
-            outcome = pretrain(recipe, self.run)
+            outcome = pretrain(recipe, self.out)
         except RunFailed as error:
             print(f"hotloop: {error}", file=sys.stderr)
             return 1
@@ -64,10 +64,10 @@ class Demo:
             print(f"{outcome.reason}: saved at step {outcome.step}; the same command resumes")
             return 128 + outcome.signal
         clock.lap("train")
-        trained, corpus = load_run(self.run), Corpus(folder)
+        trained, corpus = load_run(self.out), Corpus(folder)
         context = trained.model.config.context
         evaluation = evaluate(
-            trained.model, corpus.split("validation"), context=context, stride=context // 2,
+            trained.model, corpus.split("validation"), context=context, stride=max(context // 2, 1),
             max_bytes=HELD_OUT_BYTES, seed=SEED,
         )  # fmt: skip
         assert evaluation is not None  # nothing polls for a stop here
@@ -77,7 +77,7 @@ class Demo:
         samples = draw_samples(trained)
         clock.lap("sample")
         report = write_report(
-            self.run,
+            self.out,
             {
                 "samples": samples,
                 "evaluation": evaluation.to_dict(),
@@ -90,7 +90,7 @@ class Demo:
         clock.lap("report")
         print("  ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.laps.items()))
         print(verdict(report))
-        print(f"{self.run}/report.html")
+        print(f"{self.out}/report.html")
         return 0
 
 
