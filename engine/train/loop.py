@@ -79,6 +79,7 @@ class Run:
             self.log = MetricsLog(folder.path, step if notes else None, recipe.log.tensorboard)
         for name, message in notes:
             self._event(name, message)
+        self.progress.say(self._header())
 
     def train(self) -> Outcome:
         """Run to the last step, or until a signal, early stopping or failure."""
@@ -118,6 +119,15 @@ class Run:
             clock = time.perf_counter()
         loss = self._evaluate() if r.evaluation.every else None
         return self._end(self._signal_name(), self.stop.number) if self.stop else self._end("finished", loss=loss)
+
+    def _header(self) -> str:
+        r, packs = self.recipe, self.source.packs[0]
+        parameters = sum(p.numel() for p in self.training.model.parameters())
+        return (
+            f"{parameters / 1e6:.2f} M parameters, {r.train.precision} on {self.ranks.device}, "
+            f"{torch.get_num_threads()} threads x {self.ranks.world_size} ranks; {r.train.steps:,} steps of "
+            f"{r.train.global_batch} x {self.context} tokens from {packs.n_packs:,} packs, {packs.efficiency:.2%} full"
+        )
 
     def close(self) -> None:
         if self.prefetcher is not None:
