@@ -88,6 +88,9 @@ class Demo:
             },
         )
         clock.lap("report")
+        for sample in samples:
+            print(f"--- sample ---\n{sample['prompt']}{sample['text']}")
+        print("--- times ---")
         print("  ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.laps.items()))
         print(verdict(report))
         print(f"{self.out}/report.html")
