@@ -1,4 +1,5 @@
-"""A GPT and its step as people write them today: nn modules, SDPA, F.cross_entropy, fused AdamW."""
+"""A GPT and its training step as people write them today: nn modules, SDPA, F.cross_entropy, clip_grad_norm_, fused
+AdamW."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class PlainGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(d_model, n_heads) for _ in range(n_layers))
         self.ln_f = nn.LayerNorm(d_model)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:  # (B, T), (B, T) -> ()
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
@@ -38,20 +39,37 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+class PlainMasters:
+    """fp32 copies of bf16 parameters, which the optimizer steps instead of them."""
+
+    def __init__(self, params: list[Tensor]):
+        self.params = params
+        self.masters = [p.detach().float().requires_grad_() for p in params]
+
+    def take_gradients(self) -> None:
+        for master, p in zip(self.masters, self.params, strict=True):
+            assert p.grad is not None
+            master.grad, p.grad = p.grad.float(), None
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        torch._foreach_copy_(self.params, self.masters)
+
+
 class PlainStep:
-    """precision: fp32; autocast (fp32 parameters, bf16 autocast); bf16 (bf16 parameters, fp32 master copy)."""
+    """precision: fp32; autocast (fp32 parameters, bf16 autocast); bf16 (bf16 parameters with fp32 masters)."""
 
     def __init__(self, model: PlainGPT, precision: str, compiled: bool, lr: float):
         self.precision = precision
-        self.masters: list[Tensor] | None = None
-        if precision == "bf16":
-            self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
-            model.to(torch.bfloat16)
-        self.model = model
-        self.params = list(model.parameters())
+        # Masters of the weights before they are rounded to bf16 would start elsewhere than ours, made from bf16.
+        self.params: list[Tensor] = list(
+            model.to(torch.bfloat16 if precision == "bf16" else torch.float32).parameters()
+        )
+        self.masters = PlainMasters(self.params) if precision == "bf16" else None
+        self.stepped = self.params if self.masters is None else self.masters.masters
         self.loss = torch.compile(model) if compiled else model
-        decayed = [p for p in self.masters or self.params if p.ndim >= 2]
-        others = [p for p in self.masters or self.params if p.ndim < 2]
+        decayed = [p for p in self.stepped if p.ndim >= 2]
+        others = [p for p in self.stepped if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -60,12 +78,10 @@ class PlainStep:
             loss = self.loss(tokens, targets)
         loss.backward()
         if self.masters is not None:
-            for master, p in zip(self.masters, self.params, strict=True):
-                master.grad, p.grad = p.grad.float(), None
-        nn.utils.clip_grad_norm_(self.masters or self.params, 1.0)
+            self.masters.take_gradients()
+        nn.utils.clip_grad_norm_(self.stepped, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.masters is not None:
-            with torch.no_grad():
-                torch._foreach_copy_(self.params, self.masters)
+            self.masters.give_weights()
         return loss.detach()

@@ -1,0 +1,202 @@
+"""Cross entropy of logits, and of a projection's input, against PyTorch's ways to compute it.
+
+python benchmarks/bench_cross_entropy.py --out benchmarks/results/cross_entropy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hotloop.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from hotloop.kernels.cross_entropy.linear import ONE_PASS
+from hotloop.kernels.cross_entropy.op import CROSS_ENTROPY
+
+from harness.case import Case, Provider, Results, by_backend, no_worse_than, simple
+from harness.command import bench, ids, main
+from harness.measure import device
+
+N, D = 2048, 384
+EAGER = "torch eager"
+
+
+def targets(vocab: int, supervised: float) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    target = torch.randint(vocab, (N,), generator=draw)
+    ignored = torch.rand(N, generator=draw) >= supervised
+    return target.masked_fill(ignored, -100).to(device())
+
+
+def values(*shape: int, dtype: torch.dtype, scale: float, seed: int) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(device(), dtype)
+
+
+def step(loss: Callable[..., Tensor], mode: str, *inputs: Tensor) -> Results:
+    """forward: the loss, under no_grad as in evaluation. full: the loss and fresh gradients of the inputs."""
+    if mode == "forward":
+        with torch.no_grad():
+            return (loss(*inputs),)
+    value = loss(*inputs)
+    return (value.detach(), *torch.autograd.grad(value, inputs))
+
+
+# --- of logits ---
+
+
+def plain(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), target)
+
+
+def logits_truth(logits: Tensor, target: Tensor, mode: str) -> Results:
+    """In fp64, in pieces; the gradient in fp32 to keep it small."""
+    count = (target >= 0).sum()
+    loss, gradients = torch.zeros((), dtype=torch.float64, device=logits.device), []
+    for x, t in zip(logits.detach().split(256), target.split(256), strict=True):
+        x = x.double().requires_grad_()
+        part = F.cross_entropy(x, t, reduction="sum") / count
+        loss += part.detach()
+        if mode == "full":
+            gradients.append(torch.autograd.grad(part, x)[0].float())
+    return (loss, torch.cat(gradients)) if mode == "full" else (loss,)
+
+
+def logits_providers(vocab: int, dtype: torch.dtype, mode: str, everything: bool) -> dict[str, Callable[[], Provider]]:
+    logits = values(N, vocab, dtype=dtype, scale=2.0, seed=1).requires_grad_()
+    target = targets(vocab, 1.0)
+    compiled = torch.compile(plain)
+    own = partial(step, lambda x: cross_entropy(x, target), mode, logits)
+    found = by_backend(CROSS_ENTROPY, (logits, target), own, reference=everything)
+    if mode == "full":
+        found["hotloop in place"] = partial(in_place, logits, target)
+    found[EAGER] = simple(partial(step, lambda x: plain(x, target), mode, logits))
+    found["torch compile"] = simple(partial(step, lambda x: compiled(x, target), mode, logits))
+    return found
+
+
+def in_place(logits: Tensor, target: Tensor) -> Provider:
+    """The gradient overwrites the logits, as where a training step has no other use for them."""
+    kept = logits.detach()
+    room = torch.empty_like(kept)
+
+    def run() -> Results:
+        x = room.requires_grad_().view_as(room)
+        loss = cross_entropy(x, target, inplace_backward=True)
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    def prepare() -> None:
+        room.detach_().requires_grad_(False).copy_(kept)
+
+    def results() -> Results:
+        prepare()
+        loss, gradient = run()
+        return loss, gradient.clone()
+
+    return Provider(run, results, prepare)
+
+
+def logits_case(vocab: int, dtype: torch.dtype, mode: str, everything: bool) -> Case:
+    def truth() -> Results:
+        logits = values(N, vocab, dtype=dtype, scale=2.0, seed=1)
+        return logits_truth(logits, targets(vocab, 1.0), mode)
+
+    return Case(
+        kernel_name="cross_entropy", mode=mode, x=("V", "vocabulary", vocab),
+        config={"N": N, "dtype": str(dtype).removeprefix("torch.")},
+        providers=lambda: logits_providers(vocab, dtype, mode, everything),
+        gate=no_worse_than(EAGER, truth, dtype),
+        work=N * vocab * dtype.itemsize * (2 if mode == "full" else 1), unit="B", dtype=dtype,
+    )  # fmt: skip
+
+
+# --- of a projection's input ---
+
+
+def plain_linear(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, w).float(), target)
+
+
+def rows_first(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """What a careful user writes where most rows are ignored."""
+    kept = target != -100
+    return plain_linear(h[kept], w, target[kept])
+
+
+def linear_inputs(vocab: int, dtype: torch.dtype, supervised: float) -> tuple[Tensor, Tensor, Tensor]:
+    h = values(N, D, dtype=dtype, scale=1.0, seed=1).requires_grad_()
+    w = values(vocab, D, dtype=dtype, scale=0.05, seed=2).requires_grad_()
+    return h, w, targets(vocab, supervised)
+
+
+def linear_providers(
+    vocab: int, dtype: torch.dtype, mode: str, supervised: float, everything: bool
+) -> dict[str, Callable[[], Provider]]:
+    h, w, target = linear_inputs(vocab, dtype, supervised)
+
+    def way(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Results]:
+        return partial(step, lambda h, w: loss(h, w, target), mode, h, w)
+
+    found = by_backend(ONE_PASS, (h, w, target), way(linear_cross_entropy), reference=everything)
+    found[EAGER] = simple(way(plain_linear))
+    found["torch compile"] = simple(way(torch.compile(plain_linear)))
+    if hasattr(nn, "LinearCrossEntropyOptions") and hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
+        chunks = nn.LinearCrossEntropyOptions()
+        found["torch chunked"] = simple(way(lambda h, w, t: F.linear_cross_entropy(h, w, t, options=chunks)))
+    if supervised < 1:
+        found["torch rows first"] = simple(way(rows_first))
+    return found
+
+
+def linear_truth(vocab: int, dtype: torch.dtype, mode: str, supervised: float) -> Results:
+    h, w, target = linear_inputs(vocab, dtype, supervised)
+    count, wide = (target >= 0).sum(), w.detach().double().requires_grad_()
+    loss, dh, dw = torch.zeros((), dtype=torch.float64, device=h.device), [], torch.zeros_like(wide)
+    for x, t in zip(h.detach().split(256), target.split(256), strict=True):
+        x = x.double().requires_grad_()
+        part = F.cross_entropy(F.linear(x, wide), t, reduction="sum") / count
+        loss += part.detach()
+        if mode == "full":
+            part_dh, part_dw = torch.autograd.grad(part, (x, wide))
+            dh.append(part_dh)
+            dw += part_dw
+    return (loss, torch.cat(dh), dw) if mode == "full" else (loss,)
+
+
+def linear_case(vocab: int, dtype: torch.dtype, mode: str, supervised: float, everything: bool) -> Case:
+    rows = int((targets(vocab, supervised) >= 0).sum())
+    return Case(
+        kernel_name="linear_cross_entropy", mode=mode, x=("V", "vocabulary", vocab),
+        config={"N": N, "D": D, "supervised": supervised, "dtype": str(dtype).removeprefix("torch.")},
+        providers=lambda: linear_providers(vocab, dtype, mode, supervised, everything),
+        gate=no_worse_than(EAGER, lambda: linear_truth(vocab, dtype, mode, supervised), dtype),
+        work=2 * rows * D * vocab * (3 if mode == "full" else 1), unit="FLOP", dtype=dtype, memory=True,
+    )  # fmt: skip
+
+
+def cases(everything: bool) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for vocab in (4096, 50304) if everything else (4096,):
+            for mode in ("forward", "full"):
+                yield logits_case(vocab, dtype, mode, everything)
+        for vocab in (4096, 50304):
+            for mode in ("forward", "full") if everything else ("full",):
+                yield linear_case(vocab, dtype, mode, 1.0, everything)
+        for vocab in (4096, 50304) if everything else (4096,):
+            yield linear_case(vocab, dtype, "full", 0.15, everything)
+
+
+SMALL = list(cases(False))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))
+def test_cross_entropy(benchmark, case: Case) -> None:
+    bench(benchmark, case)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__doc__, cases))
