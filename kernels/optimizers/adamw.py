@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
 from hotloop.kernels.optimizers import platform, reference
-from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers.base import BaseOptimizer, check_betas
 
 ADAMW = Table(
     "adamw",
-    Backend("torch", platform.supports_adamw, platform.adamw),
-    Backend("reference", reference.supports_adamw, reference.adamw),
+    Backend("torch", platform.supports, platform.adamw),
+    Backend("reference", reference.supports, reference.adamw),
 )
 
 
@@ -45,10 +45,13 @@ class AdamW(BaseOptimizer):
         lr: a number or a 0-dim tensor, which may live on the device and be written between steps.
         betas, eps, weight_decay: as above; options of a group.
         max_grad_norm: clip the norm over all gradients of all groups to this; None: no clipping.
-        state_dtype: of both moments, "float32" or "bfloat16" ("int8" is refused).
+        check_finite: False: where nothing is clipped, do not measure the norm (`grad_norm` stays as it is) and do not
+            look for non-finite gradients; saves one reading of them.
+        state_dtype: of both moments, "float32", "bfloat16" or "int8" (8-bit codes, a scale for 256 of them; parameters
+            with fewer than 4,096 elements or rows shorter than 32, so all vectors, keep fp32 moments).
         master: "float32": keep an fp32 copy of each bfloat16 parameter, update it, and round it to the parameter.
-        rounding: of bfloat16 tensors that carry information from step to step (parameters without a master, moments):
-            "nearest", or "stochastic" with bits that depend on seed, step and the element's logical index only. The
+        rounding: of bfloat16 and 8-bit tensors that carry information from step to step (moments, parameters without
+            a master): "nearest", or "stochastic" with bits that depend on seed, step and the element's logical index only. The
             second moment needs it: with beta2 above 1 - 2^-9 a step takes less than half a bfloat16 ulp away, and
             rounding to nearest never lets it fall.
         maximize: ascend.
@@ -79,6 +82,7 @@ class AdamW(BaseOptimizer):
         weight_decay: float = 1e-2,
         *,
         max_grad_norm: float | None = None,
+        check_finite: bool = True,
         state_dtype: str = "float32",
         master: str | None = None,
         rounding: str = "nearest",
@@ -95,13 +99,11 @@ class AdamW(BaseOptimizer):
             "rounding": rounding,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, seed=seed)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, check_finite=check_finite, seed=seed)
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        betas = group["betas"]
-        if len(betas) != 2 or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas):
-            raise ValueError(f"betas = {betas}: expected two numbers of at least 0 and below 1")
+        check_betas(group["betas"])
         if not 0 <= group["eps"] < math.inf:
             raise ValueError(f"eps = {group['eps']}: expected a finite number, at least 0")
 

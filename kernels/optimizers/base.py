@@ -1,8 +1,8 @@
-"""What all optimizers share: groups, master copies, clipping, the finite check, skipping, state dictionaries.
+"""What all optimizers share: groups, clipping, the finite check, skipping, state dictionaries.
 
 A step is one reduction over all gradients (the norm, which also is the finite check) and then one update a group,
-device and pair of dtypes. The update rule is a table of backends that a subclass names; it gets an `Update` and two
-device scalars, the factor that gradients are multiplied by and whether to skip.
+device and storage. The update rule is a table of backends that a subclass names; it gets an `Update` and two device
+scalars, the factor that gradients are multiplied by and whether to skip.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import platform, reference
+from hotloop.kernels.optimizers import platform, reference, sharding
+from hotloop.kernels.optimizers import state as states
 from hotloop.kernels.optimizers.philox import ELEMENTS_PER_CALL
+from hotloop.kernels.optimizers.quantised import SCALE_SUFFIX, UNSIGNED_MOMENTS
+from hotloop.kernels.optimizers.state import STATE_DTYPES
 from hotloop.kernels.optimizers.update import Update
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 GRAD_NORM = Table(
     "grad_norm",
@@ -29,16 +35,21 @@ GRAD_NORM = Table(
 # As `torch.nn.utils.clip_grad_norm_` has it.
 CLIP_EPS = 1e-6
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How things are stored is the choice of the optimizer that loads a state dictionary, not of the one that saved it.
 STORAGE_OPTIONS = ("state_dtype", "master", "rounding")
+
+
+def check_betas(betas: Any) -> None:
+    if len(betas) != 2 or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"betas = {betas}: expected two numbers of at least 0 and below 1")
 
 
 class BaseOptimizer(torch.optim.Optimizer):
     """Common part of the optimizers; see `AdamW` for the meaning of the options.
 
     A subclass names its backends in `table`, its moments in `moments` (keys of the state dictionary), and options of
-    other implementations that a loaded state dictionary may carry in `foreign_options`.
+    other implementations that a loaded state dictionary may carry in `foreign_options`. Where groups differ in rule or
+    moments it overrides `_table_of` and `_moments_of`.
     """
 
     table: ClassVar[Table]
@@ -50,18 +61,37 @@ class BaseOptimizer(torch.optim.Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, max_grad_norm: float | None, seed: int):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        seed: int,
+        check_finite: bool = True,
+    ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm = {max_grad_norm}: expected a number greater than 0, or None not to clip")
         if not (isinstance(seed, int) and 0 <= seed < 1 << 64):
             raise ValueError(f"seed = {seed!r}: expected an integer from 0 to 2^64 - 1")
         self.max_grad_norm = max_grad_norm
         self.seed = seed
+        self.check_finite = check_finite
         self._backends: dict[tuple[Any, ...], Backend] = {}
         super().__init__(params, defaults)
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _table_of(self, group: dict[str, Any]) -> Table:
+        return self.table
+
+    def _moments_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.moments
+
+    def _is_collective(self, group: dict[str, Any]) -> bool:
+        """Whether the rule communicates, so that every rank takes part, whether or not it has rows of a parameter."""
+        return False
 
     # Groups
 
@@ -91,10 +121,11 @@ class BaseOptimizer(torch.optim.Optimizer):
             raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
         if p.dtype not in PARAMETER_DTYPES:
             raise TypeError(f"{name} is {p.dtype}: expected float32 or bfloat16")
-        if p.layout != torch.strided or hasattr(p, "device_mesh"):
-            raise TypeError(
-                f"{name} is a {type(p).__name__} of layout {p.layout}: expected a dense tensor, not sharded"
-            )
+        if p.layout != torch.strided:
+            raise TypeError(f"{name} is a {type(p).__name__} of layout {p.layout}: expected a dense tensor")
+        misplaced = sharding.placement_error(p) if sharding.is_sharded(p) else None
+        if misplaced:
+            raise ValueError(f"{name} (shape {tuple(p.shape)}) {misplaced}")
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise on options that no step could use. A subclass adds its own."""
@@ -106,8 +137,6 @@ class BaseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr = {lr}: must not be negative")
         if not 0 <= group["weight_decay"] < math.inf:
             raise ValueError(f"weight_decay = {group['weight_decay']}: expected a finite number, at least 0")
-        if group["state_dtype"] == "int8":
-            raise ValueError("state_dtype = 'int8': block-quantised moments are not implemented; use 'bfloat16'")
         for name, allowed in (
             ("state_dtype", tuple(STATE_DTYPES)),
             ("master", (None, "float32")),
@@ -133,7 +162,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         # of one Philox call, so that a launch works on whole calls.
         self._starts, start = {}, 0
         for p in self._parameters():
-            self._starts[p] = start
+            self._starts[p] = start + sharding.first_row(p) * sharding.row_size(p)
             start += -(-p.numel() // ELEMENTS_PER_CALL) * ELEMENTS_PER_CALL
 
     # A step
@@ -148,10 +177,44 @@ class BaseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates, counters = self._gather()
+        self._update([p for p in self._parameters() if p.grad is not None])
+        return loss
+
+    def step_in_backward(self) -> list[RemovableHandle]:
+        """From now on update each parameter as soon as its gradient is complete, and free the gradient.
+
+        The backward pass then holds one gradient at a time. Each parameter is a step of its own: its finite check and
+        its count are its own, and `step` finds nothing to do. Gradients cannot be accumulated over backward passes.
+        Raises ValueError where gradients are clipped: the norm over all of them is known after the last. Returns the
+        handles of the hooks; removing them all ends it.
+
+        >>> optimizer.step_in_backward()
+        >>> loss.backward()                                       # updates the parameters
+        """
+        self._check_no_clipping()
+
+        def update(p: Tensor) -> None:
+            self._check_no_clipping()
+            with torch.no_grad():
+                self._update([p])
+            p.grad = None
+
+        return [p.register_post_accumulate_grad_hook(update) for p in self._parameters()]
+
+    def _check_no_clipping(self) -> None:
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm = {self.max_grad_norm} with step_in_backward: the norm over all gradients is not known "
+                "before the backward pass has ended; use max_grad_norm=None, or call step()"
+            )
+
+    def _update(self, params: list[Tensor]) -> None:
+        """One step of the parameters, all of which have a gradient."""
+        self._check_gradients(params)
+        updates, counters = self._gather(params)
         if not counters:
-            return loss
-        factor, skip = self._factor_and_skip([update.grads for update, _ in updates], counters[0].device)
+            return
+        factor, skip = self._factor_and_skip(params, counters[0].device)
         on_device = {factor.device: (factor, skip)}
         for counter in counters:
             device = counter.device
@@ -159,38 +222,49 @@ class BaseOptimizer(torch.optim.Optimizer):
                 on_device[device] = factor.to(device, non_blocking=True), skip.to(device, non_blocking=True)
             counter.add_(1 - on_device[device][1])
         for update, backend in updates:
-            backend.forward(update, *on_device[update.step.device])
-        return loss
+            backend.forward(update, *on_device[update.device])
 
-    def _gather(self) -> tuple[list[tuple[Update, Backend]], list[Tensor]]:
+    def _gather(self, params: list[Tensor]) -> tuple[list[tuple[Update, Backend]], list[Tensor]]:
         """The updates of this step with their backends, and the step counters that they share."""
-        updates, counters = [], []
+        updates, counters, stepped = [], [], set(params)
         for number, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            self._check_gradients(params)
-            self._initialise(group, params)
-            counters += self._share_counters(group, params)
+            members = [p for p in group["params"] if p in stepped]
+            self._initialise(group, members)
+            counters += self._share_counters(group, members)
             alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-            for p in params:
-                if p.numel() > 0:
-                    alike[p.device, p.dtype, p.grad.dtype, id(self.state[p]["step"])].append(p)
-            for (device, dtype, grad_dtype, _), members in alike.items():
-                states = [self.state[p] for p in members]
-                update = Update(
-                    params=members,
-                    masters=[s["master"] for s in states] if "master" in states[0] else None,
-                    grads=[p.grad for p in members if p.grad is not None],
-                    moments=tuple([s[name] for s in states] for name in self.moments),
-                    starts=[self._starts[p] for p in members],
-                    step=states[0]["step"],
-                    group=group,
-                    seed=self.seed,
-                )
-                key = (self.table.op, number, device, dtype, grad_dtype)
+            for p in members:
+                if p.numel() > 0 and (self._is_collective(group) or sharding.local(p).numel() > 0):
+                    assert p.grad is not None
+                    storage = p.device, p.dtype, p.grad.dtype, states.moment_dtype(group, p), sharding.layout(p)
+                    alike[(*storage, id(self.state[p]["step"]))].append(p)
+            for (device, dtype, grad_dtype, *_), members in alike.items():
+                update = self._update_of(group, members)
+                table = self._table_of(group)
+                key = (table.op, number, device, dtype, grad_dtype, update.quantised)
                 if key not in self._backends:
-                    self._backends[key] = self.table.choose(update)
+                    self._backends[key] = table.choose(update)
                 updates.append((update, self._backends[key]))
         return updates, counters
+
+    def _update_of(self, group: dict[str, Any], members: list[Tensor]) -> Update:
+        kept, names = [self.state[p] for p in members], self._moments_of(group)
+        has_scales = any(name + SCALE_SUFFIX in kept[0] for name in names)
+        return Update(
+            tensors=members,
+            params=[sharding.local(p) for p in members],
+            masters=[sharding.local(s["master"]) for s in kept] if "master" in kept[0] else None,
+            grads=[sharding.local(p.grad) for p in members],
+            moments=tuple([sharding.local(s[name]) for s in kept] for name in names),
+            scales=tuple([sharding.local(s[name + SCALE_SUFFIX]) for s in kept] for name in names)
+            if has_scales
+            else (),
+            unsigned=tuple(name in UNSIGNED_MOMENTS for name in names),
+            rows=[sharding.row_size(p) for p in members],
+            starts=[self._starts[p] for p in members],
+            step=kept[0]["step"],
+            group=group,
+            seed=self.seed,
+        )
 
     def _check_gradients(self, params: list[Tensor]) -> None:
         for p in params:
@@ -200,27 +274,34 @@ class BaseOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"{self._name(p)} has a {grad.layout} gradient: expected a dense one")
             if grad.dtype not in PARAMETER_DTYPES:
                 raise RuntimeError(f"{self._name(p)} has a {grad.dtype} gradient: expected float32 or bfloat16")
+            if sharding.layout(grad) != sharding.layout(p):
+                raise RuntimeError(
+                    f"{self._name(p)} has a gradient placed as {sharding.layout(grad)}: expected {sharding.layout(p)}"
+                )
 
     def _initialise(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        new = [p for p in params if not self.state[p]]
         counters: dict[torch.device, Tensor] = {}
-        for p in new:
-            if p.device not in counters:
-                counters[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
-            self.state[p] = {"step": counters[p.device]}
-            for name in self.moments:
-                self.state[p][name] = torch.zeros(p.shape, dtype=STATE_DTYPES[group["state_dtype"]], device=p.device)
-            if _has_master(group, p):
-                self.state[p]["master"] = _master_of(p)
+        for p in params:
+            state = self.state[p]
+            if "step" not in state:
+                if p.device not in counters:
+                    counters[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["step"] = counters[p.device]
+                if states.has_master(group, p):
+                    state["master"] = states.new_master(p)
+            for name in self._moments_of(group):
+                if name not in state:
+                    state |= states.new_moment(group, p, name)
 
     def _share_counters(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
-        """The distinct step counters of these parameters, none of them shared with a parameter without a gradient.
+        """The distinct step counters of these parameters, none of them shared with a parameter that is not among them.
 
         Parameters that are stepped together have one tensor as their counter, so that bias corrections are computed
         once; parameters left out of a step part from the others.
         """
         counters = {id(self.state[p]["step"]): self.state[p]["step"] for p in params}
-        left_out = {id(self.state[p]["step"]) for p in group["params"] if p.grad is None and self.state.get(p)}
+        stepped = set(params)
+        left_out = {id(self.state[p]["step"]) for p in group["params"] if p not in stepped and self.state.get(p)}
         for shared in left_out & counters.keys():
             fresh = counters.pop(shared).clone()
             counters[id(fresh)] = fresh
@@ -229,38 +310,44 @@ class BaseOptimizer(torch.optim.Optimizer):
                     self.state[p]["step"] = fresh
         return list(counters.values())
 
-    def _factor_and_skip(self, grads: list[list[Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _factor_and_skip(self, params: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """What gradients are multiplied by and whether (1 or 0) nothing may change; both () fp32 on the device."""
-        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for some in grads:
-            by_device[some[0].device] += some
-        squares = torch.zeros((), dtype=torch.float64, device=device)
-        for place, some in by_device.items():
-            key = (GRAD_NORM.op, place)
-            if key not in self._backends:
-                self._backends[key] = GRAD_NORM.choose(some)
-            squares = squares + self._backends[key].forward(some).to(device, non_blocking=True)
         # GradScaler's attributes exist during its step only; it multiplies into `grad_scale` where there is one.
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        norm = squares.sqrt()
+        grad_scale, found_inf = (sharding.local(getattr(self, name, None)) for name in ("grad_scale", "found_inf"))
         if grad_scale is not None:
             grad_scale = grad_scale.to(device, non_blocking=True)
-            norm = norm / grad_scale
-        norm = norm.float()
-        skip = ~norm.isfinite()
+        factor = torch.ones((), dtype=torch.float32, device=device)
+        skip = torch.zeros((), dtype=torch.bool, device=device)
+        if self.grad_norm.device != device:  # the model was moved after the optimizer was made
+            self.grad_norm, self.skipped_steps = self.grad_norm.to(device), self.skipped_steps.to(device)
+        if self.check_finite or self.max_grad_norm is not None:
+            norm = self._sum_of_squares(params, device).sqrt()
+            norm = (norm if grad_scale is None else norm / grad_scale).float()
+            skip = ~norm.isfinite()
+            self.grad_norm.copy_(norm)
         if found_inf is not None:
             skip = skip | (found_inf.to(device, non_blocking=True) != 0)
-        factor = torch.ones((), dtype=torch.float32, device=device)
         if self.max_grad_norm is not None:
             # A tensor over a tensor: PyTorch computes a number over a tensor as its product with the reciprocal.
             factor = (torch.full_like(norm, self.max_grad_norm) / (norm + CLIP_EPS)).clamp(max=1.0)
         if grad_scale is not None:
             factor = factor / grad_scale
-        if self.grad_norm.device != device:  # the model was moved after the optimizer was made
-            self.grad_norm, self.skipped_steps = self.grad_norm.to(device), self.skipped_steps.to(device)
-        self.grad_norm.copy_(norm)
         self.skipped_steps.add_(skip)
         return factor.float(), skip.float()
+
+    def _sum_of_squares(self, params: list[Tensor], device: torch.device) -> Tensor:
+        """Over all gradients and ranks, () fp64 on the device. Ranks sum their own rows, then add in their order."""
+        alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for p in params:
+            alike[p.device, sharding.ranks_of(p)].append(sharding.local(p.grad))
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for (place, ranks), grads in alike.items():
+            key = (GRAD_NORM.op, place)
+            if key not in self._backends:
+                self._backends[key] = GRAD_NORM.choose(grads)
+            squares = sharding.sum_over_ranks(self._backends[key].forward(grads), ranks)
+            total = total + squares.to(device, non_blocking=True)
+        return total
 
     @property
     def backends(self) -> dict[str, str]:
@@ -268,9 +355,10 @@ class BaseOptimizer(torch.optim.Optimizer):
         names = {}
         for (op, *where), backend in self._backends.items():
             if where[1:]:
-                number, device, dtype, grad_dtype = where
+                number, device, dtype, grad_dtype, quantised = where
                 short = [str(x).removeprefix("torch.") for x in (dtype, grad_dtype)]
-                names[f"{op}, group {number}, {device}, {short[0]}, gradients {short[1]}"] = backend.name
+                moments = ", 8-bit moments" if quantised else ""
+                names[f"{op}, group {number}, {device}, {short[0]}, gradients {short[1]}{moments}"] = backend.name
             else:
                 names[f"{op}, {where[0]}"] = backend.name
         return names
@@ -311,7 +399,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         for i, (group, p) in zip(ids, places, strict=True):
             if not state_dict["state"].get(i):
                 continue
-            state[p] = self._loaded_state(group, p, state_dict["state"][i])
+            state[p] = states.loaded(group, p, self._name(p), self._moments_of(group), state_dict["state"][i])
             step = state[p]["step"]
             state[p]["step"] = counters.setdefault((id(group), p.device, step.item()), step)
         self.state, self.param_groups = state, groups
@@ -337,47 +425,11 @@ class BaseOptimizer(torch.optim.Optimizer):
     def _check_foreign(self, saved: dict[str, Any]) -> None:
         """Raise where another implementation's group has options that this one does not implement."""
 
-    def _loaded_state(self, group: dict[str, Any], p: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
-        known = ("step", "master", *self.moments)
-        missing = [name for name in ("step", *self.moments) if name not in saved]
-        surplus = [name for name in saved if name not in known]
-        if missing or surplus:
-            raise ValueError(f"state of {self._name(p)} has the entries {list(saved)}: expected {', '.join(known)}")
-        if "master" in saved and not _has_master(group, p):
-            raise ValueError(
-                f"state of {self._name(p)} has a master copy, which this optimizer would drop: load the master into a "
-                "float32 parameter and delete it from the state, or use bfloat16 parameters with master='float32'"
-            )
-        step = torch.as_tensor(saved["step"]).detach()
-        state = {"step": step.to(p.device, torch.float32, copy=True).reshape(())}
-        dtypes = dict.fromkeys(self.moments, STATE_DTYPES[group["state_dtype"]])
-        if _has_master(group, p):
-            dtypes["master"] = torch.float32
-        for name, dtype in dtypes.items():
-            if name not in saved:  # the master
-                state[name] = _master_of(p)
-                continue
-            if saved[name].shape != p.shape:
-                raise ValueError(
-                    f"state of {self._name(p)}: {name} has shape {tuple(saved[name].shape)}, expected {tuple(p.shape)}"
-                )
-            copied = saved[name].detach().to(p.device, dtype, copy=True, memory_format=torch.contiguous_format)
-            state[name] = copied
-        return state
-
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "seed", "grad_norm", "skipped_steps")
+        own = ("max_grad_norm", "seed", "check_finite", "grad_norm", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._backends = {}
         self._number_elements()
-
-
-def _has_master(group: dict[str, Any], p: Tensor) -> bool:
-    return group["master"] == "float32" and p.dtype != torch.float32
-
-
-def _master_of(p: Tensor) -> Tensor:
-    return p.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -1,17 +1,17 @@
-"""Backend `torch`: PyTorch's own fused and foreach operations, on CPU and CUDA.
+"""Backend `torch`: PyTorch's own fused and foreach operations, on CPU and CUDA, for AdamW and SGD.
 
-`torch._fused_adamw_` takes tensors of one dtype only. Where all are fp32 it runs on them directly. Where parameters,
-gradients or moments are bf16, they are widened bucket by bucket into fp32 temporaries, updated, and rounded back: on
-the CPU a bucket stays in the cache between the three passes.
+`torch._fused_adamw_` and `torch._fused_sgd_` take tensors of one dtype only. Where all are fp32 they run on them
+directly. Where parameters, gradients or moments are bf16, they are widened bucket by bucket into fp32 temporaries,
+updated, and rounded back: on the CPU a bucket stays in the cache between the three passes.
 
-Not bit-equal to the reference: the kernel divides by 1 / factor where the reference multiplies by factor, moves the
-first moment by interpolation, and contracts multiply-adds. Trajectories agree to rounding (tests state the bound). The
-norm depends on the number of threads in its last bits.
+Not bit-equal to the reference: the kernels divide by 1 / factor where the reference multiplies by factor, AdamW's moves
+the first moment by interpolation, and multiply-adds are contracted. Trajectories agree to rounding (tests state the
+bound). The norm depends on the number of threads in its last bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ def supports_sum_of_squares(grads: list[Tensor]) -> str | None:
     return _supports_device(grads[0].device)
 
 
-def supports_adamw(update: Update) -> str | None:
-    return _supports_device(update.params[0].device)
+def supports(update: Update) -> str | None:
+    if update.quantised:
+        return "PyTorch's kernels have no 8-bit moments"
+    return _supports_device(update.device)
 
 
 def _supports_device(device: torch.device) -> str | None:
@@ -59,12 +61,59 @@ def sum_of_squares(grads: list[Tensor]) -> Tensor:
 
 def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
     """One step of AdamW in place. factor, skip: () fp32. Leaves fp32 gradients multiplied by the factor."""
+    group = update.group
+    beta1, beta2 = group["betas"]
+    options = {
+        "lr": _lr(update), "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"],
+        "amsgrad": False, "maximize": group["maximize"],
+    }  # fmt: skip
+
+    def kernel(columns: list[list[Tensor]], **scaling: Tensor | None) -> None:
+        params, grads, exp_avgs, exp_avg_sqs = columns
+        steps = [update.step] * len(params)
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options, **scaling)
+
+    _run(kernel, update, factor, skip)
+
+
+def sgd(update: Update, factor: Tensor, skip: Tensor) -> None:
+    """One step of SGD in place. factor, skip: () fp32. Leaves fp32 gradients multiplied by the factor."""
+    group = update.group
+    options = {
+        "lr": _lr(update), "weight_decay": group["weight_decay"], "momentum": group["momentum"], "dampening": 0.0,
+        "nesterov": group["nesterov"], "maximize": group["maximize"], "is_first_step": False,
+    }  # fmt: skip
+
+    def kernel(columns: list[list[Tensor]], **scaling: Tensor | None) -> None:
+        params, grads, *buffers = columns
+        torch._fused_sgd_(params, grads, buffers[0] if buffers else [], **options, **scaling)
+
+    _run(kernel, update, factor, skip)
+
+
+def _lr(update: Update) -> Any:
+    lr = update.group["lr"]
+    if isinstance(lr, Tensor):
+        # The CUDA kernels read an fp32 scalar; the CPU ones take any, read on the host.
+        return lr.item() if update.device.type == "cpu" else lr.to(update.device, torch.float32, non_blocking=True)
+    return lr
+
+
+Kernel = Callable[..., None]
+"""(columns in fp32: parameters, gradients, moments..., *, grad_scale, found_inf) in place"""
+
+
+def _run(kernel: Kernel, update: Update, factor: Tensor, skip: Tensor) -> None:
     on_cpu = factor.device.type == "cpu"
     if on_cpu and skip:  # CPU tensors: reading them waits for nothing
         return
-    # The kernel divides gradients by `grad_scale` and writes them back, which costs a pass where nothing is clipped.
+    # The kernels divide gradients by `grad_scale` and write them back, which costs a pass where nothing is clipped.
     grad_scale = None if on_cpu and factor == 1 else factor.reciprocal()
-    step = _FusedStep(update, grad_scale, None if on_cpu else skip)
+    found_inf = None if on_cpu else skip
+
+    def step(columns: list[list[Tensor]]) -> None:
+        kernel(columns, grad_scale=grad_scale, found_inf=found_inf)
+
     params = [_flat(p) for p in update.params]
     columns = [params if update.masters is None else [_flat(x) for x in update.masters]]
     columns += [[_flat(x) for x in xs] for xs in (update.grads, *update.moments)]
@@ -75,44 +124,24 @@ def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
     for param, flat in zip(update.params, params, strict=True):
         if not param.is_contiguous():
             param.copy_(flat.view(param.shape))
-    # The fused kernel does not tell autograd that it writes (torch 2.13): a backward pass through an old value would
+    # The fused kernels do not tell autograd that they write (torch 2.13): a backward pass through an old value would
     # silently take the new one.
-    torch.autograd.graph.increment_version(update.params)
+    torch.autograd.graph.increment_version(update.tensors)
 
 
 def _flat(x: Tensor) -> Tensor:
-    # A copy where x is not contiguous: the kernel walks memory and, on the CPU, does not look at strides.
+    # A copy where x is not contiguous: the kernels walk memory and, on the CPU, do not look at strides.
     return x.contiguous().view(-1)
 
 
-class _FusedStep:
-    """`torch._fused_adamw_` on fp32 columns (parameters, gradients, first and second moments)."""
-
-    def __init__(self, update: Update, grad_scale: Tensor | None, found_inf: Tensor | None):
-        group, device = update.group, update.step.device
-        beta1, beta2 = group["betas"]
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            # The CUDA kernel reads an fp32 scalar; the CPU one takes any, read on the host.
-            lr = lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)
-        self.step = update.step
-        self.options: dict[str, Any] = {
-            "lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"],
-            "amsgrad": False, "maximize": group["maximize"], "grad_scale": grad_scale, "found_inf": found_inf,
-        }  # fmt: skip
-
-    def __call__(self, columns: list[list[Tensor]]) -> None:
-        params, grads, exp_avgs, exp_avg_sqs = columns
-        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], [self.step] * len(params), **self.options)
-
-
-def _staged(update: Update, step: _FusedStep, params: list[Tensor], columns: list[list[Tensor]]) -> None:
+def _staged(
+    update: Update, step: Callable[[list[list[Tensor]]], None], params: list[Tensor], columns: list[list[Tensor]]
+) -> None:
     # Measured on two Zen 5 cores, 30 M bf16 parameters with masters: 2^16 36 ms, 2^18 30, 2^19 27, 2^20 27, 2^22 32.
-    bucket = 1 << (19 if update.step.device.type == "cpu" else 24)
-    device = update.step.device
+    bucket = 1 << (19 if update.device.type == "cpu" else 24)
     narrow = [column[0].dtype != torch.float32 for column in columns]
     width = min(bucket, sum(p.numel() for p in params))
-    staging = {i: torch.empty(width, dtype=torch.float32, device=device) for i, x in enumerate(narrow) if x}
+    staging = {i: torch.empty(width, dtype=torch.float32, device=update.device) for i, x in enumerate(narrow) if x}
     for pieces in _buckets([p.numel() for p in params], bucket):
         stored = [[column[i].narrow(0, begin, end - begin) for i, begin, end in pieces] for column in columns]
         sizes = [end - begin for _, begin, end in pieces]

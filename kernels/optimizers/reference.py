@@ -6,15 +6,20 @@ without contraction into fused multiply-adds. A backend that claims bit-equality
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from hotloop.kernels.optimizers.philox import round_stochastic_
+from hotloop.kernels.optimizers import quantised
+from hotloop.kernels.optimizers.philox import random_bits, round_stochastic_
 from hotloop.kernels.optimizers.update import Update
 
 CHUNK = 65_536
-# Chunks squared at a time: bounds the fp64 temporaries of the norm to 16 MiB.
-_CHUNKS_AT_ONCE = 32
+RUN = 4096
+_ROW = 64
+# Elements squared at a time: bounds the fp64 temporaries of the norm to 16 MiB.
+_AT_ONCE = 32 * CHUNK
 
 
 def supports_sum_of_squares(grads: list[Tensor]) -> str | None:
@@ -24,22 +29,28 @@ def supports_sum_of_squares(grads: list[Tensor]) -> str | None:
 def sum_of_squares(grads: list[Tensor]) -> Tensor:
     """Sum of squares of all elements, () fp64. grads: any shapes, fp32 or bf16, one device.
 
-    Each gradient is cut, in logical order, into chunks of 65,536 elements, the last one filled with zeros. A chunk is
-    summed by halving (x[:n/2] + x[n/2:] until one is left), then the chunks of all gradients, filled with zeros to a
-    power of two, likewise. The squares are exact in fp64 and cannot overflow, so the sum is finite if and only if every
-    gradient is.
+    Each gradient is cut, in logical order, into chunks of 65,536 elements and these into 16 runs of 4,096, the last
+    ones filled with zeros. A run is 64 rows of 64: the rows are added one after the other, and the row that this gives is
+    summed by halving (x[:n/2] + x[n/2:] until one is left). The runs of a chunk are halved likewise, and so are the
+    chunks of all gradients, filled with zeros to a power of two.
+
+    The squares are exact in fp64 and cannot overflow, so the sum is finite if and only if every gradient is.
     """
-    sums = []
-    for grad in grads:
-        for part in grad.reshape(-1).split(_CHUNKS_AT_ONCE * CHUNK):
-            n = part.numel() // CHUNK
-            whole, rest = part.double().square_().split([n * CHUNK, part.numel() - n * CHUNK])
-            sums.append(halving_sum(whole.view(n, CHUNK)))
-            if rest.numel():  # zeros up to the next power of two change no bit of what zeros up to a chunk give
-                sums.append(fixed_order_sum(rest).view(1))
-    if not sums:
-        return torch.zeros((), dtype=torch.float64)
-    return fixed_order_sum(torch.cat(sums))
+    chunks = [chunk_sums(part) for grad in grads for part in grad.reshape(-1).split(_AT_ONCE) if part.numel()]
+    device = grads[0].device if grads else None
+    return fixed_order_sum(torch.cat(chunks)) if chunks else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def chunk_sums(x: Tensor) -> Tensor:
+    """x (N,) -> (chunks,) fp64."""
+    chunks = -(-x.numel() // CHUNK)
+    squares = torch.zeros(chunks * CHUNK, dtype=torch.float64, device=x.device)
+    squares[: x.numel()] = x.double().square_()
+    rows = squares.view(-1, RUN // _ROW, _ROW)
+    total = rows[:, 0].clone()
+    for row in range(1, RUN // _ROW):
+        total += rows[:, row]
+    return halving_sum(halving_sum(total).view(chunks, CHUNK // RUN))
 
 
 def fixed_order_sum(x: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ def device_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def supports_adamw(update: Update) -> str | None:
+def supports(update: Update) -> str | None:
     return None
 
 
@@ -95,21 +106,99 @@ def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
     beta1, beta2 = update.group["betas"]
     eps = update.group["eps"]
     decay, step_size, bias2_sqrt = adamw_scalars(update)
-    exp_avgs, exp_avg_sqs = update.moments
-    for i, param in enumerate(update.params):
-        master = param if update.masters is None else update.masters[i]
-        p, m, v = master.float(), exp_avgs[i].float(), exp_avg_sqs[i].float()
-        g = update.grads[i].float() * factor
-        if update.group["maximize"]:
-            g = -g
+
+    def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p = p * decay
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + g * (1 - beta2) * g
-        p = p - step_size * m / (sqrt_rn(v) / bias2_sqrt + eps)
-        for stream, (stored, new) in enumerate(((master, p), (exp_avgs[i], m), (exp_avg_sqs[i], v))):
-            _store(stored, new, skip, update, update.starts[i], stream)
+        return p - step_size * m / (sqrt_rn(v) / bias2_sqrt + eps), m, v
+
+    _apply(rule, update, factor, skip)
+
+
+def lion(update: Update, factor: Tensor, skip: Tensor) -> None:
+    """One step of Lion in place; the formula is in `Lion`'s docstring. factor, skip: () fp32."""
+    beta1, beta2 = update.group["betas"]
+    decay, lr = lion_scalars(update)
+
+    def rule(p: Tensor, g: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        p = p * decay
+        direction = m * beta1 + g * (1 - beta1)
+        p = p - torch.where(direction > 0, lr, torch.where(direction < 0, -lr, 0.0))
+        return p, m * beta2 + g * (1 - beta2)
+
+    _apply(rule, update, factor, skip)
+
+
+def sgd(update: Update, factor: Tensor, skip: Tensor) -> None:
+    """One step of SGD in place; the formula is in `SGD`'s docstring. factor, skip: () fp32."""
+    group = update.group
+    momentum, weight_decay = group["momentum"], group["weight_decay"]
+    (lr,) = sgd_scalars(update)
+
+    def rule(p: Tensor, g: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
+        g = g + p * weight_decay
+        if not buffers:
+            return (p - lr * g,)
+        b = buffers[0] * momentum + g
+        direction = g + b * momentum if group["nesterov"] else b
+        return p - lr * direction, b
+
+    _apply(rule, update, factor, skip)
+
+
+def lion_scalars(update: Update) -> tuple[Tensor, Tensor]:
+    """(decay, lr), each () fp32: in fp64, rounded once."""
+    lr = device_scalar(update.group["lr"], update.device)
+    return (1 - lr * update.group["weight_decay"]).float(), lr.float()
+
+
+def sgd_scalars(update: Update) -> tuple[Tensor]:
+    """(lr,), () fp32."""
+    return (device_scalar(update.group["lr"], update.device).float(),)
+
+
+def _apply(rule: Callable[..., tuple[Tensor, ...]], update: Update, factor: Tensor, skip: Tensor) -> None:
+    """rule: (p, g, *moments), each fp32 -> the new (p, *moments). Result k is rounded with random bits of stream k."""
+    for i, param in enumerate(update.params):
+        master = param if update.masters is None else update.masters[i]
+        g = update.grads[i].float() * factor
+        if update.group["maximize"]:
+            g = -g
+        kept = [_Kept(update, i, k) for k in range(len(update.moments))]
+        new, *moments = rule(master.float(), g, *[moment.read() for moment in kept])
+        _store(master, new, skip, update, update.starts[i], 0)
+        for moment, x in zip(kept, moments, strict=True):
+            moment.write(x, skip)
         if update.masters is not None:
             param.copy_(torch.where(skip != 0, param, master.to(param.dtype)))
+
+
+class _Kept:
+    """A moment of a parameter as it is stored: fp32, bf16, or codes with a scale."""
+
+    def __init__(self, update: Update, i: int, moment: int):
+        self.update, self.start, self.row, self.stream = update, update.starts[i], update.rows[i], moment + 1
+        self.stored, self.unsigned = update.moments[moment][i], update.unsigned[moment]
+        self.scale = update.scales[moment][i] if update.quantised else None
+
+    def read(self) -> Tensor:
+        if self.scale is None:
+            return self.stored.float()
+        return quantised.dequantise(self.stored, self.scale, self.row, self.unsigned)
+
+    def write(self, x: Tensor, skip: Tensor) -> None:
+        update = self.update
+        if self.scale is None:
+            _store(self.stored, x, skip, update, self.start, self.stream)
+            return
+        noise = None
+        if update.stochastic:
+            noise = random_bits(self.start, x.numel(), seed=update.seed, step=update.step, stream=self.stream)
+            noise = noise.view(x.shape)
+        codes, scale = quantised.quantise(x, self.row, self.unsigned, noise)
+        self.stored.copy_(torch.where(skip != 0, self.stored, codes))
+        self.scale.copy_(torch.where(skip != 0, self.scale, scale))
 
 
 def _store(stored: Tensor, new: Tensor, skip: Tensor, update: Update, start: int, stream: int) -> None:

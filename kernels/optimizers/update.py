@@ -5,29 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Update:
-    """Parameters of one group, device and pair of dtypes that share a step counter.
+    """Parameters of one group, device, storage and sharding that share a step counter.
 
-    All lists have one entry a parameter. A rule writes `params`, `masters` and `moments`, each in place; `grads` may be
-    left multiplied by the gradient factor.
+    All lists have one entry a parameter; of a sharded parameter they hold this rank's shard. A rule writes `params`,
+    `masters`, `moments` and `scales`, each in place; `grads` may be left multiplied by the gradient factor.
     """
 
+    tensors: list[Tensor]  # the parameters as the optimizer was given them: DTensors where they are sharded
     params: list[Tensor]  # any shape and strides, fp32 or bf16: what the model reads
-    masters: (
-        list[Tensor] | None
-    )  # contiguous fp32, the parameter at full precision; None: the parameters are all there is
+    masters: list[Tensor] | None  # contiguous fp32, the parameter in full precision; None: the parameters are that
     grads: list[Tensor]  # shape of the parameter, any strides, fp32 or bf16
-    moments: tuple[list[Tensor], ...]  # one list a moment: contiguous, shape of the parameter, fp32 or bf16
-    starts: list[int]  # logical index of the parameter's first element; multiples of 8
+    moments: tuple[list[Tensor], ...]  # one list a moment: contiguous, shape of the parameter, fp32, bf16 or uint8
+    scales: tuple[list[Tensor], ...]  # of uint8 moments, fp32 (rows, blocks of a row), see quantised.py; else empty
+    unsigned: tuple[bool, ...]  # one a moment: whether it is never negative
+    rows: list[int]  # elements of a row (an index of the first dimension): blocks of a scale end with it
+    starts: list[int]  # index of the first element among the elements of all parameters, none of them sharded
     step: Tensor  # () fp32: steps made, this one included
     group: dict[str, Any]  # the options of the parameter group
     seed: int
 
     @property
+    def device(self) -> torch.device:
+        return self.step.device
+
+    @property
     def stochastic(self) -> bool:
-        """Whether bf16 tensors that carry information from step to step are rounded stochastically."""
-        return self.group["rounding"] == "stochastic"
+        """Whether bf16 and uint8 tensors that carry information from step to step are rounded stochastically."""
+        return bool(self.group["rounding"] == "stochastic")
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.scales)
