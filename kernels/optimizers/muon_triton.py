@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -23,8 +23,19 @@ from hotloop.kernels.optimizers.update import Update
 
 # Elements of a batch at most, so that its five temporaries stay below 1.5 GB.
 BATCH = 1 << 27
-# Rows and columns of a tile of the element-wise kernels: both of its transposed accesses are 128 bytes wide.
-TILE = 64
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch configuration of the element-wise kernels."""
+
+    BLOCK_R: int
+    BLOCK_C: int
+    num_warps: int
+
+
+# 8 elements a thread: one 128-bit access of bf16, and few enough for Philox, which spills to the stack at 32 a thread.
+TILE = TileConfig(BLOCK_R=32, BLOCK_C=64, num_warps=8)
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,7 @@ def move_momentum(update: Update, indices: list[int], x: Tensor, factor: Tensor,
         addresses(grads), addresses(buffers), starts(update, indices), x, factor, skip, update.step, update.seed,
         rows, columns, group["momentum"], MAXIMIZE=group["maximize"], NESTEROV=group["nesterov"],
         STOCHASTIC=update.stochastic, TRANSPOSED=x.shape[1:] != grads[0].shape, GRAD_DTYPE=triton_dtype(grads[0]),
-        BUFFER_DTYPE=triton_dtype(buffers[0]), BLOCK_R=TILE, BLOCK_C=TILE,
+        BUFFER_DTYPE=triton_dtype(buffers[0]), **asdict(TILE),
     )  # fmt: skip
     for k, buffer in zip(kept, buffers, strict=False):  # no k where nothing is quantised
         k.write(buffer, skip)
@@ -174,7 +185,7 @@ def write_params(update: Update, indices: list[int], x: Tensor, skip: Tensor) ->
         addresses(targets), addresses(dense), starts(update, indices), x, rates, skip, update.step, update.seed,
         rows, columns, HAS_MASTER=update.masters is not None, STOCHASTIC=update.stochastic,
         TRANSPOSED=x.shape[1:] != dense[0].shape, TARGET_DTYPE=triton_dtype(targets[0]),
-        PARAM_DTYPE=triton_dtype(dense[0]), BLOCK_R=TILE, BLOCK_C=TILE,
+        PARAM_DTYPE=triton_dtype(dense[0]), **asdict(TILE),
     )  # fmt: skip
     for param, written in zip(params, dense, strict=True):
         if written is not param:
@@ -183,7 +194,7 @@ def write_params(update: Update, indices: list[int], x: Tensor, skip: Tensor) ->
 
 def grid(matrices: list[Tensor]) -> tuple[int, int, int]:
     rows, columns = matrices[0].shape
-    return -(-rows // TILE), -(-columns // TILE), len(matrices)
+    return -(-rows // TILE.BLOCK_R), -(-columns // TILE.BLOCK_C), len(matrices)
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:
