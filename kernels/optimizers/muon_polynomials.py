@@ -34,7 +34,7 @@ def per_step(ns_coefficients: Sequence[float] | Sequence[Sequence[float]], ns_st
             f"ns_coefficients = {ns_coefficients}: expected a triple (a, b, c) of numbers, or a sequence of "
             "triples, one for each step, as `polar_express` makes it"
         )
-    checked: list[Triple] = [(float(a), float(b), float(c)) for a, b, c in triples]  # type: ignore[misc]
+    checked: list[Triple] = [(float(t[0]), float(t[1]), float(t[2])) for t in triples if isinstance(t, Sequence)]
     return (checked + list(repeat(checked[-1], max(0, ns_steps - len(checked)))))[:ns_steps]
 
 
