@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import platform, reference
+from hotloop.kernels.optimizers import cpu, platform, reference
 from hotloop.kernels.optimizers.base import BaseOptimizer, check_betas
 
 ADAMW = Table(
     "adamw",
+    Backend("cpu", cpu.supports, cpu.adamw),
     Backend("torch", platform.supports, platform.adamw),
     Backend("reference", reference.supports, reference.adamw),
 )
@@ -51,7 +52,7 @@ class AdamW(BaseOptimizer):
             with fewer than 4,096 elements or rows shorter than 32, so all vectors, keep fp32 moments).
         master: "float32": keep an fp32 copy of each bfloat16 parameter, update it, and round it to the parameter.
         rounding: of bfloat16 and 8-bit tensors that carry information from step to step (moments, parameters without
-            a master): "nearest", or "stochastic" with bits that depend on seed, step and the element's logical index only. The
+            a master): "nearest", or "stochastic" with bits that depend on seed, step and logical index only. The
             second moment needs it: with beta2 above 1 - 2^-9 a step takes less than half a bfloat16 ulp away, and
             rounding to nearest never lets it fall.
         maximize: ascend.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import platform, reference, sharding
+from hotloop.kernels.optimizers import cpu, platform, reference, sharding
 from hotloop.kernels.optimizers import state as states
 from hotloop.kernels.optimizers.philox import ELEMENTS_PER_CALL
 from hotloop.kernels.optimizers.quantised import SCALE_SUFFIX, UNSIGNED_MOMENTS
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 GRAD_NORM = Table(
     "grad_norm",
+    Backend("cpu", cpu.supports_sum_of_squares, cpu.sum_of_squares),
     Backend("torch", platform.supports_sum_of_squares, platform.sum_of_squares),
     Backend("reference", reference.supports_sum_of_squares, reference.sum_of_squares),
 )

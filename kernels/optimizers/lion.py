@@ -8,10 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import reference
+from hotloop.kernels.optimizers import cpu, reference
 from hotloop.kernels.optimizers.base import BaseOptimizer, check_betas
 
-LION = Table("lion", Backend("reference", reference.supports, reference.lion))
+LION = Table(
+    "lion",
+    Backend("cpu", cpu.supports, cpu.lion),
+    Backend("reference", reference.supports, reference.lion),
+)
 
 
 class Lion(BaseOptimizer):

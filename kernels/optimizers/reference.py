@@ -30,8 +30,8 @@ def sum_of_squares(grads: list[Tensor]) -> Tensor:
     """Sum of squares of all elements, () fp64. grads: any shapes, fp32 or bf16, one device.
 
     Each gradient is cut, in logical order, into chunks of 65,536 elements and these into 16 runs of 4,096, the last
-    ones filled with zeros. A run is 64 rows of 64: the rows are added one after the other, and the row that this gives is
-    summed by halving (x[:n/2] + x[n/2:] until one is left). The runs of a chunk are halved likewise, and so are the
+    ones filled with zeros. A run is 64 rows of 64: the rows are added one after the other, and the row that this gives
+    is summed by halving (x[:n/2] + x[n/2:] until one is left). The runs of a chunk are halved likewise, and so are the
     chunks of all gradients, filled with zeros to a power of two.
 
     The squares are exact in fp64 and cannot overflow, so the sum is finite if and only if every gradient is.
