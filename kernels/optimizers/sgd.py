@@ -35,7 +35,7 @@ class SGD(BaseOptimizer):
 
     table = SGD_TABLE
     moments = ("momentum_buffer",)
-    foreign_options = ("dampening", "foreach", "differentiable", "fused")
+    foreign_options = ("foreach", "differentiable", "fused")
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class SGD(BaseOptimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
+            "dampening": 0.0,  # torch.optim.SGD reads it from a state dictionary's groups
             "state_dtype": state_dtype,
             "master": master,
             "rounding": rounding,
@@ -72,11 +73,7 @@ class SGD(BaseOptimizer):
         super()._check_options(group)
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum = {group['momentum']}: expected a number of at least 0 and below 1")
+        if group["dampening"] != 0:
+            raise ValueError(f"dampening = {group['dampening']}: this SGD has none, expected 0")
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("nesterov=True with momentum = 0: give a momentum, or leave nesterov out")
-
-    def _check_foreign(self, saved: dict[str, Any]) -> None:
-        if saved.get("dampening"):
-            raise ValueError(
-                f"the state dict was saved with dampening = {saved['dampening']}, which this SGD does not implement"
-            )
