@@ -63,12 +63,12 @@ def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
     """One step of AdamW in place. factor, skip: () fp32. Leaves fp32 gradients multiplied by the factor."""
     group = update.group
     beta1, beta2 = group["betas"]
-    options = {
+    options: dict[str, Any] = {
         "lr": _lr(update), "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"],
         "amsgrad": False, "maximize": group["maximize"],
     }  # fmt: skip
 
-    def kernel(columns: list[list[Tensor]], **scaling: Tensor | None) -> None:
+    def kernel(columns: list[list[Tensor]], **scaling: Any) -> None:
         params, grads, exp_avgs, exp_avg_sqs = columns
         steps = [update.step] * len(params)
         torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **options, **scaling)
@@ -79,12 +79,12 @@ def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
 def sgd(update: Update, factor: Tensor, skip: Tensor) -> None:
     """One step of SGD in place. factor, skip: () fp32. Leaves fp32 gradients multiplied by the factor."""
     group = update.group
-    options = {
+    options: dict[str, Any] = {
         "lr": _lr(update), "weight_decay": group["weight_decay"], "momentum": group["momentum"], "dampening": 0.0,
         "nesterov": group["nesterov"], "maximize": group["maximize"], "is_first_step": False,
     }  # fmt: skip
 
-    def kernel(columns: list[list[Tensor]], **scaling: Tensor | None) -> None:
+    def kernel(columns: list[list[Tensor]], **scaling: Any) -> None:
         params, grads, *buffers = columns
         torch._fused_sgd_(params, grads, buffers[0] if buffers else [], **options, **scaling)
 
