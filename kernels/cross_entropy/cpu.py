@@ -65,8 +65,10 @@ def rows_backward(
     options: Options,
     out: Tensor,  # (N, V): a new tensor, or logits itself
 ) -> None:
-    logits, target = _by_rows(logits), target.contiguous()
-    _call(logits, target, weight, token_weight, options, (None,) * 5, out, dloss)
+    dense = _by_rows(out)  # out itself, but where its columns are apart
+    _call(_by_rows(logits), target.contiguous(), weight, token_weight, options, (None,) * 5, dense, dloss)
+    if dense is not out:
+        out.copy_(dense)
 
 
 def columns_backward_(

@@ -15,7 +15,7 @@ from hotloop.kernels.cross_entropy import cpu, cross_entropy, linear_cross_entro
 from hotloop.kernels.cross_entropy.cases import ALL_OPTIONS, EPS, composed, row_gradient, targets, value_and_gradients
 from hotloop.kernels.cross_entropy.contract import Options
 from hotloop.kernels.dispatch import BackendError, use_backend
-from hotloop.kernels.testing import assert_no_worse, draw_values
+from hotloop.kernels.testing import LAYOUTS, assert_no_worse, draw_values, lay_out
 
 HAS = {"baseline": True, "avx2": "avx2" in _C.instruction_sets(), "avx512": "avx512f" in _C.instruction_sets()}
 WIDTHS = [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1000, 5003]
@@ -150,6 +150,27 @@ def test_nothing_is_written_outside():
             cpu.rows_forward_backward_(buffer[:, 2 : 2 + v], t, None, None, torch.tensor(1.0), Options(), False)
             assert (buffer[:, :2] == 3).all()
             assert (buffer[:, 2 + v :] == 3).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_place_whatever_the_layout(layout: str):
+    """Where the logits' columns are apart the gradient goes to them, and not to what follows the first."""
+    for dtype in DTYPES:
+        x, t = draw_values((5, 37), dtype=dtype), targets(5, 37, 0, 0.3)
+        expected_in = x.clone().requires_grad_()
+        expected = value_and_gradients(cross_entropy(expected_in, t), expected_in)
+        room = lay_out(x, layout)
+        whole = torch.empty(0, dtype=dtype).set_(room.untyped_storage())
+        untouched = torch.ones(len(whole), dtype=torch.bool)
+        inside = torch.arange(len(whole)).as_strided(room.shape, room.stride(), room.storage_offset())
+        untouched[inside.flatten()] = False
+        before = whole[untouched].clone()
+        logits = room.requires_grad_().view_as(room)
+        loss = cross_entropy(logits, t, inplace_backward=True)
+        actual = (loss.detach(), torch.autograd.grad(loss, logits)[0])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert torch.equal(room.detach(), actual[1])
+        torch.testing.assert_close(whole[untouched], before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_long_rows_sum_as_exactly_as_short_ones():
