@@ -12,6 +12,9 @@ std::vector<std::string> instruction_sets();
 // The compiler that built this extension, e.g. "g++ 12.2.0".
 std::string compiler();
 
+// GPU architectures that CUDA code was compiled for, e.g. "80,90a"; "" in a build without.
+std::string cuda_architectures();
+
 // Threads that a parallel region would use now; 1 in a build without OpenMP.
 int threads();
 

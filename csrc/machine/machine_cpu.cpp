@@ -32,6 +32,14 @@ std::string compiler() {
 #endif
 }
 
+std::string cuda_architectures() {
+#ifdef HOTLOOP_CUDA
+  return HOTLOOP_CUDA;
+#else
+  return "";
+#endif
+}
+
 int threads() {
 #ifdef _OPENMP
   return omp_get_max_threads();

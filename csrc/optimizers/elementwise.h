@@ -42,9 +42,6 @@ struct Kernels {
   // Sum of squares of up to kChunk elements, see `sum_of_squares` in reference.py.
   double (*sum_of_squares)(Type, int64_t grad, int64_t begin, int64_t count);
 };
-const Kernels& baseline_kernels();
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
 
 void update(const Update& update, const std::vector<int64_t>& table, int threads);
 double sum_of_squares(const std::vector<int64_t>& table, int threads);  // rows of (address, elements, type)

@@ -1,18 +1,40 @@
-#include <algorithm>
-#include <stdexcept>
-
-#include "common/simd.h"
 #include "optimizers/elementwise.h"
 
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "common/targets.h"
+
+// No contraction anywhere: all of them give the same bits.
 namespace hotloop::optimizers {
+
+namespace baseline {
+#include "optimizers/elementwise.inl"
+}
+
+#if defined(__x86_64__)
+HOTLOOP_TARGET_BEGIN("avx2,f16c")
+namespace avx2 {
+#include "optimizers/elementwise.inl"
+}
+HOTLOOP_TARGET_END
+
+HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq" HOTLOOP_WIDE)
+namespace avx512 {
+#include "optimizers/elementwise.inl"
+}
+HOTLOOP_TARGET_END
+#endif
+
 namespace {
 
-const Kernels& kernels() {
+Kernels kernels() {
 #if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) return avx512_kernels();
-  if (instruction_set() == InstructionSet::avx2) return avx2_kernels();
+  if (instruction_set() == InstructionSet::avx512) return {avx512::update_blocks, avx512::chunk_sum};
+  if (instruction_set() == InstructionSet::avx2) return {avx2::update_blocks, avx2::chunk_sum};
 #endif
-  return baseline_kernels();
+  return {baseline::update_blocks, baseline::chunk_sum};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import cpu, platform, reference
+from hotloop.kernels.optimizers import cpu, cuda, platform, reference, triton
 from hotloop.kernels.optimizers.base import BaseOptimizer, check_betas
 
 ADAMW = Table(
     "adamw",
     Backend("cpu", cpu.supports, cpu.adamw),
     Backend("torch", platform.supports, platform.adamw),
+    Backend("cuda", cuda.supports, cuda.adamw),
+    Backend("triton", triton.supports, triton.adamw),
     Backend("reference", reference.supports, reference.adamw),
 )
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import cpu, platform, reference, sharding
+from hotloop.kernels.optimizers import cpu, cuda, platform, reference, sharding, triton
 from hotloop.kernels.optimizers import state as states
 from hotloop.kernels.optimizers.philox import ELEMENTS_PER_CALL
 from hotloop.kernels.optimizers.quantised import SCALE_SUFFIX, UNSIGNED_MOMENTS
 from hotloop.kernels.optimizers.state import STATE_DTYPES
+from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ GRAD_NORM = Table(
     "grad_norm",
     Backend("cpu", cpu.supports_sum_of_squares, cpu.sum_of_squares),
     Backend("torch", platform.supports_sum_of_squares, platform.sum_of_squares),
+    Backend("cuda", cuda.supports_sum_of_squares, cuda.sum_of_squares),
+    Backend("triton", triton.supports_sum_of_squares, triton.sum_of_squares),
     Backend("reference", reference.supports_sum_of_squares, reference.sum_of_squares),
 )
 # As `torch.nn.utils.clip_grad_norm_` has it.
@@ -79,6 +82,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self.check_finite = check_finite
         self._backends: dict[tuple[Any, ...], Backend] = {}
+        self._tables = DeviceTables()
         super().__init__(params, defaults)
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=device)
@@ -265,6 +269,7 @@ class BaseOptimizer(torch.optim.Optimizer):
             step=kept[0]["step"],
             group=group,
             seed=self.seed,
+            tables=self._tables,
         )
 
     def _check_gradients(self, params: list[Tensor]) -> None:
@@ -346,7 +351,7 @@ class BaseOptimizer(torch.optim.Optimizer):
             key = (GRAD_NORM.op, place)
             if key not in self._backends:
                 self._backends[key] = GRAD_NORM.choose(grads)
-            squares = sharding.sum_over_ranks(self._backends[key].forward(grads), ranks)
+            squares = sharding.sum_over_ranks(self._backends[key].forward(grads, self._tables), ranks)
             total = total + squares.to(device, non_blocking=True)
         return total
 
@@ -432,5 +437,5 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._backends = {}
+        self._backends, self._tables = {}, DeviceTables()
         self._number_elements()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.kernels.optimizers import reference
+from hotloop.kernels.optimizers import reference, tables
+from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
@@ -43,10 +44,10 @@ def supports_sum_of_squares(grads: list[Tensor]) -> str | None:
     return _supports_device(grads[0].device)
 
 
-def sum_of_squares(grads: list[Tensor]) -> Tensor:
+def sum_of_squares(grads: list[Tensor], kept: DeviceTables | None = None) -> Tensor:
     """`reference.sum_of_squares`, to the bit."""
     flat = [g.contiguous() for g in grads]
-    table = [x for g in flat for x in (g.data_ptr(), g.numel(), _TYPES[g.dtype])]
+    table = tables.gradient_rows(flat, _TYPES)
     return torch.tensor(_c().optimizer_sum_of_squares(table, torch.get_num_threads()), dtype=torch.float64)
 
 
@@ -73,12 +74,6 @@ def _run(
         return
     # Copies where a tensor is not contiguous.
     params, grads = ([x.contiguous() for x in xs] for xs in (update.params, update.grads))
-    n = len(params)
-    columns = [_addresses(params), [0] * n if update.masters is None else _addresses(update.masters), _addresses(grads)]
-    for kept in (update.moments, update.scales):
-        columns += [_addresses(xs) for xs in kept] + [[0] * n] * (2 - len(kept))
-    sizes = [p.numel() for p in params]
-    columns += [sizes, update.rows if update.quantised else sizes, update.starts]
     _c().optimizer_update(
         rule,
         _TYPES[params[0].dtype],
@@ -93,7 +88,7 @@ def _run(
         factor=float(factor),
         scalars=[float(x) for x in scalars],
         constants=constants,
-        table=[x for row in zip(*columns, strict=True) for x in row],
+        table=tables.rows_of(update, params, grads),
         threads=torch.get_num_threads(),
     )
     for param, written in zip(update.params, params, strict=True):
@@ -101,10 +96,6 @@ def _run(
             param.copy_(written)
     # Stores through pointers do not tell autograd that they write.
     torch.autograd.graph.increment_version(update.tensors)
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in tensors]
 
 
 def _c() -> Any:

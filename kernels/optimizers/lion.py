@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import cpu, reference
+from hotloop.kernels.optimizers import cpu, cuda, reference, triton
 from hotloop.kernels.optimizers.base import BaseOptimizer, check_betas
 
 LION = Table(
     "lion",
     Backend("cpu", cpu.supports, cpu.lion),
+    Backend("cuda", cuda.supports, cuda.lion),
+    Backend("triton", triton.supports, triton.lion),
     Backend("reference", reference.supports, reference.lion),
 )
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hotloop.kernels.optimizers import tables
 from hotloop.kernels.optimizers.muon_polynomials import Triple, per_step
 from hotloop.kernels.optimizers.muon_rule import decay_and_lr, is_sharded, lr_scale, on_whole_matrices
 from hotloop.kernels.optimizers.reference import _Kept
+from hotloop.kernels.optimizers.triton import triton_dtype
 from hotloop.kernels.optimizers.update import Update
 
 # Elements of a batch at most, so that its five temporaries stay below 1.5 GB.
@@ -158,16 +159,17 @@ def move_momentum(update: Update, indices: list[int], x: Tensor, factor: Tensor,
     from hotloop.kernels.optimizers.muon_kernels import momentum_kernel
 
     grads = [update.grads[i].contiguous() for i in indices]
-    kept = [_Kept(update, i, 0) for i in indices] if update.quantised else []
-    buffers = [k.read() for k in kept] or [update.moments[0][i] for i in indices]
+    codes = [_Kept(update, i, 0) for i in indices] if update.quantised else []
+    buffers = [k.read() for k in codes] or [update.moments[0][i] for i in indices]
     group, (rows, columns) = update.group, grads[0].shape
     momentum_kernel[grid(grads)](
-        addresses(grads), addresses(buffers), starts(update, indices), x, factor, skip, update.step, update.seed,
+        kept(update, "grads", indices, tables.addresses(grads)), kept(update, "buffers", indices, tables.addresses(buffers)),
+        kept(update, "starts", indices, [update.starts[i] for i in indices]), x, factor, skip, update.step, update.seed,
         rows, columns, group["momentum"], MAXIMIZE=group["maximize"], NESTEROV=group["nesterov"],
         STOCHASTIC=update.stochastic, TRANSPOSED=x.shape[1:] != grads[0].shape, GRAD_DTYPE=triton_dtype(grads[0]),
         BUFFER_DTYPE=triton_dtype(buffers[0]), **asdict(TILE),
     )  # fmt: skip
-    for k, buffer in zip(kept, buffers, strict=False):  # no k where nothing is quantised
+    for k, buffer in zip(codes, buffers, strict=False):  # no k where nothing is quantised
         k.write(buffer, skip)
 
 
@@ -182,7 +184,8 @@ def write_params(update: Update, indices: list[int], x: Tensor, skip: Tensor) ->
     rates = torch.stack([decay, lr * lr_scale(update, indices[0])]).float()
     rows, columns = dense[0].shape
     update_kernel[grid(dense)](
-        addresses(targets), addresses(dense), starts(update, indices), x, rates, skip, update.step, update.seed,
+        kept(update, "targets", indices, tables.addresses(targets)), kept(update, "params", indices, tables.addresses(dense)),
+        kept(update, "starts", indices, [update.starts[i] for i in indices]), x, rates, skip, update.step, update.seed,
         rows, columns, HAS_MASTER=update.masters is not None, STOCHASTIC=update.stochastic,
         TRANSPOSED=x.shape[1:] != dense[0].shape, TARGET_DTYPE=triton_dtype(targets[0]),
         PARAM_DTYPE=triton_dtype(dense[0]), **asdict(TILE),
@@ -197,22 +200,7 @@ def grid(matrices: list[Tensor]) -> tuple[int, int, int]:
     return -(-rows // TILE.BLOCK_R), -(-columns // TILE.BLOCK_C), len(matrices)
 
 
-def addresses(tensors: list[Tensor]) -> Tensor:
-    return on_device(tuple(t.data_ptr() for t in tensors), tensors[0].device)
-
-
-def starts(update: Update, indices: list[int]) -> Tensor:
-    return on_device(tuple(update.starts[i] for i in indices), update.device)
-
-
-@lru_cache(maxsize=4096)
-def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """(N,) int64. Kept by content, so that a table is copied again only when an address in it changes."""
-    table = torch.tensor(numbers, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
-def triton_dtype(x: Tensor) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, str(x.dtype).removeprefix("torch."))
+def kept(update: Update, purpose: str, indices: list[int], numbers: list[int]) -> Tensor:
+    """(N,) int64 on the device, one number for each of these matrices."""
+    place = "muon", purpose, id(update.group), update.params[0].dtype, indices[0]
+    return update.tables.get(place, numbers, update.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hotloop.kernels.optimizers import reference
 from hotloop.kernels.optimizers.philox import round_stochastic_
+from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
 _DEVICES = ("cpu", "cuda")
@@ -40,7 +41,7 @@ def _supports_device(device: torch.device) -> str | None:
     return f"serves {' and '.join(_DEVICES)} tensors, got {device.type}"
 
 
-def sum_of_squares(grads: list[Tensor]) -> Tensor:
+def sum_of_squares(grads: list[Tensor], kept: DeviceTables | None = None) -> Tensor:
     """Sum of squares of all elements, () fp64: fp32 sums over chunks, added in fp64 in a fixed order.
 
     grads: any shapes, fp32 or bf16, one device. Relative error below 1e-5. On CUDA a tensor whose sum of squares passes

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hotloop.kernels.optimizers import quantised
 from hotloop.kernels.optimizers.philox import random_bits, round_stochastic_
+from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
 CHUNK = 65_536
@@ -26,7 +27,7 @@ def supports_sum_of_squares(grads: list[Tensor]) -> str | None:
     return None
 
 
-def sum_of_squares(grads: list[Tensor]) -> Tensor:
+def sum_of_squares(grads: list[Tensor], kept: DeviceTables | None = None) -> Tensor:
     """Sum of squares of all elements, () fp64. grads: any shapes, fp32 or bf16, one device.
 
     Each gradient is cut, in logical order, into chunks of 65,536 elements and these into 16 runs of 4,096, the last

@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import cpu, platform, reference
+from hotloop.kernels.optimizers import cpu, cuda, platform, reference, triton
 from hotloop.kernels.optimizers.base import BaseOptimizer
 
 SGD_TABLE = Table(
     "sgd",
     Backend("cpu", cpu.supports, cpu.sgd),
     Backend("torch", platform.supports, platform.sgd),
+    Backend("cuda", cuda.supports, cuda.sgd),
+    Backend("triton", triton.supports, triton.sgd),
     Backend("reference", reference.supports, reference.sgd),
 )
 

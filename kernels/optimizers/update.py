@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hotloop.kernels.optimizers.tables import DeviceTables
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Update:
     step: Tensor  # () fp32: steps made, this one included
     group: dict[str, Any]  # the options of the parameter group
     seed: int
+    tables: DeviceTables  # what launches of the optimizer keep on the device
 
     @property
     def device(self) -> torch.device:

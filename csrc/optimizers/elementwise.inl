@@ -1,4 +1,4 @@
-// Compiled for each instruction set; see common/simd.h. Loops over up to 256 elements that stay in the first-level
+// Compiled for each instruction set; see common/targets.h. Loops over up to 256 elements that stay in the first-level
 // cache: what is stored in fp32 is updated where it lies, all else is widened, updated and rounded back.
 //
 // No use of AVX-512's bf16 conversion (vcvtneps2bf16): it takes denormals for zero, and the reference keeps them.

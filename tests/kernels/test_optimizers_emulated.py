@@ -1,0 +1,301 @@
+"""Backends `triton` and `cuda` of AdamW, Lion and SGD in the emulator: the reference's bits, no fault, counted bytes."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hotloop.kernels.dispatch import use_backend
+from hotloop.kernels.optimizers import SGD, AdamW, Lion, cuda, reference, tables
+from hotloop.kernels.optimizers import triton as triton_backend
+from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers.update import Update
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+emulator = pytest.importorskip("hotloop.emulator")
+
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "optimizers" / "elementwise.cu"
+BUDGETS = Path(__file__).with_name("optimizers_budgets.json")
+NVCC = {"include_dirs": [SOURCE.parents[1]], "options": ["-fmad=false"]}
+TRITON_TARGETS = ("sm_80", "sm_90", "sm_120")
+CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+SCHEDULES: list[dict[str, Any]] = [{"schedule": "lockstep"}, {"schedule": "random", "seed": 1}]
+
+RULES: dict[str, tuple[type[BaseOptimizer], dict[str, Any]]] = {
+    "adamw": (AdamW, {"weight_decay": 0.1, "betas": (0.9, 0.99)}),
+    "lion": (Lion, {"weight_decay": 0.1}),
+    "sgd": (SGD, {"weight_decay": 0.1}),
+    "momentum": (SGD, {"weight_decay": 0.1, "momentum": 0.9}),
+    "nesterov": (SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+}
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype, str | None]] = {
+    "fp32": (torch.float32, torch.float32, None),
+    "bf16": (torch.bfloat16, torch.bfloat16, None),
+    "bf16, master": (torch.bfloat16, torch.bfloat16, "float32"),
+    "bf16, master, fp32 gradients": (torch.bfloat16, torch.float32, "float32"),
+}
+STORAGES = [("float32", "nearest"), *itertools.product(("bfloat16", "int8"), ("nearest", "stochastic"))]
+# Odd, several blocks of a row and a part of one, whole blocks, one element, none, an odd start after an odd size.
+SHAPES = [(7,), (9, 517), (4, 1280), (), (0, 5), (3, 131)]
+
+
+def prepared(
+    rule: str, precision: str, state_dtype: str, rounding: str, shapes: list[tuple[int, ...]] = SHAPES
+) -> tuple[list[Tensor], list[Update]]:
+    """All tensors and the updates of a second step. Gradients from denormal to large."""
+    dtype, grad_dtype, master = PRECISIONS[precision]
+    kind, options = RULES[rule]
+    draw = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in shapes]
+    optimizer = kind(
+        params, lr=1e-2, master=master, state_dtype=state_dtype, rounding=rounding, seed=2**40 + 3, **options
+    )
+    for step in range(2):
+        for p in params:
+            if grad_dtype != dtype:
+                p.grad_dtype = grad_dtype
+            exponent = torch.randint(-42 if step else -6, 3, p.shape, generator=draw)
+            p.grad = (torch.randn(p.shape, generator=draw) * 10.0**exponent).to(grad_dtype)
+        if not step:
+            with use_backend("reference"):
+                optimizer.step()
+    updates = [update for update, _ in optimizer._gather(params)[0]]
+    for counter in {id(u.step): u.step for u in updates}.values():
+        counter.add_(1)
+    kept = [x for p in params for name, x in optimizer.state[p].items() if name != "step"]
+    return [*(p.detach() for p in params), *kept], updates
+
+
+def memory(update: Update) -> dict[str, Tensor]:
+    lists = {"param": update.params, "master": update.masters or [], "grad": update.grads}
+    lists |= {f"moment{k}": xs for k, xs in enumerate(update.moments)}
+    lists |= {f"scale{k}": xs for k, xs in enumerate(update.scales)}
+    return {f"{name}[{i}]": x.detach() for name, xs in lists.items() for i, x in enumerate(xs)}
+
+
+@cache
+def module(target: str) -> Any:
+    return emulator.Module.from_cuda(SOURCE, arch=target, **NVCC)
+
+
+def in_triton(rule: str, update: Update, factor: Tensor, skip: Tensor, target: str, schedule: dict[str, Any]) -> Any:
+    with emulator.triton(target, **schedule) as gpu, torch.no_grad():
+        gpu.memory.update(memory(update))
+        getattr(triton_backend, rule)(update, factor, skip)
+    return gpu
+
+
+def in_cuda(rule: str, update: Update, factor: Tensor, skip: Tensor, target: str, schedule: dict[str, Any]) -> Any:
+    done = []
+
+    def execute(launch: cuda.Launch, device: torch.device) -> None:
+        done.append(
+            module(target).launch(
+                "update", launch.grid, cuda.UPDATE_THREADS, 0, launch.arguments, memory=memory(update), **schedule
+            )
+        )
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(cuda, "_execute", execute)
+        getattr(cuda, rule)(update, factor, skip)
+    return done[0]
+
+
+PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "triton": (in_triton, TRITON_TARGETS),
+    "cuda": (in_cuda, CUDA_TARGETS),
+}
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.reshape(-1).contiguous().view(torch.uint8)
+
+
+def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(bits(a), bits(b)), f"tensor {i} {tuple(a.shape)} {a.dtype}"
+
+
+def check(program: str, rule: str, case: tuple[str, str, str], target: str, schedule: dict[str, Any]) -> None:
+    run, _ = PROGRAMS[program]
+    name = {"momentum": "sgd", "nesterov": "sgd"}.get(rule, rule)
+    expected, updates = prepared(rule, *case)
+    factor, skip = torch.tensor(0.3), torch.tensor(0.0)
+    with torch.no_grad():
+        for update in updates:
+            getattr(reference, name)(update, factor, skip)
+    found, updates = prepared(rule, *case)
+    for update in updates:
+        run(name, update, factor, skip, target, schedule)
+    assert_same_bits(found, expected)
+
+
+def cases() -> Iterator[tuple[str, str, str]]:
+    """(precision, state_dtype, rounding)"""
+    for precision, (state_dtype, rounding) in itertools.product(PRECISIONS, STORAGES):
+        yield precision, state_dtype, rounding
+    yield "bf16", "float32", "stochastic"
+
+
+EVERYTHING = list(itertools.product(RULES, cases()))
+# Each rule with each storage and precision in turn; targets and schedules go round.
+CHOSEN = [
+    (program, rule, case, PROGRAMS[program][1][i % len(PROGRAMS[program][1])], SCHEDULES[i % len(SCHEDULES)])
+    for program in PROGRAMS
+    for i, (rule, case) in enumerate(EVERYTHING)
+    if i % 4 == list(RULES).index(rule) % 4
+]
+
+
+@pytest.mark.parametrize(("program", "rule", "case", "target", "schedule"), CHOSEN)
+def test_the_bits_of_the_reference(program, rule, case, target, schedule):
+    check(program, rule, case, target, schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("rule", "case"), EVERYTHING)
+def test_the_bits_of_the_reference_everywhere(program, rule, case):
+    for target, schedule in itertools.product(PROGRAMS[program][1], SCHEDULES):
+        check(program, rule, case, target, schedule)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_skipped_step_changes_nothing(program):
+    run, targets = PROGRAMS[program]
+    found, updates = prepared("adamw", "bf16, master", "int8", "stochastic")
+    before = [x.clone() for x in found]
+    for update in updates:
+        run("adamw", update, torch.tensor(torch.nan), torch.tensor(1.0), targets[0], {})
+    assert_same_bits(found, before)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("sizes", [(1, 4097, 65_536, 65_537, 0, 130_000), (63,), (3 * 65_536,)])
+def test_norm(program, sizes):
+    draw = torch.Generator().manual_seed(1)
+    base = [torch.randn(n + 1, generator=draw).mul(10.0 ** (i % 3)) for i, n in enumerate(sizes)]
+    # Every other one begins off a 128-bit boundary; both dtypes in one launch.
+    grads = [(x[:-1] if i % 2 else x[1:]) if i % 3 else x[:-1].bfloat16() for i, x in enumerate(base)]
+    kept = tables.DeviceTables()
+    targets = PROGRAMS[program][1]
+    for i, schedule in enumerate(SCHEDULES):
+        target = targets[(i + len(sizes)) % len(targets)]
+        known = {f"grad[{k}]": g for k, g in enumerate(grads)}
+        if program == "triton":
+            with emulator.triton(target, **schedule) as gpu:
+                gpu.memory.update(known)
+                found = triton_backend.sum_of_squares(grads, kept)
+        else:
+            launch = cuda.sum_launch(grads, kept)
+            module(target).launch(
+                "sum_of_squares", launch.grid, cuda.SUM_THREADS, 0, launch.arguments, memory=known, **schedule
+            )
+            found = launch.arguments["sums"][0]
+        assert torch.equal(found, reference.sum_of_squares(grads))
+        assert kept.get("arrived", (0,), torch.device("cpu")).item() == 0
+
+
+# Counted work: bytes a parameter, see the formula of each row.
+BYTES = [
+    ("adamw", ("fp32", "float32", "nearest"), 28),
+    ("adamw", ("bf16", "float32", "stochastic"), 22),
+    ("adamw", ("bf16", "int8", "stochastic"), 10),
+    ("adamw", ("bf16, master, fp32 gradients", "float32", "nearest"), 30),
+    ("lion", ("fp32", "float32", "nearest"), 20),
+    ("sgd", ("fp32", "float32", "nearest"), 12),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("rule", "case", "bytes_each"), BYTES)
+def test_each_tensor_is_read_once_and_written_once(program, rule, case, bytes_each):
+    run, targets = PROGRAMS[program]
+    shapes = [(64, 512)]
+    _, updates = prepared(rule, *case, shapes=shapes)
+    (update,) = updates
+    done = run(rule, update, torch.tensor(1.0), torch.tensor(0.0), targets[0], {})
+    counted = sum(done.counters[f"global_{way}_bytes"] for way in ("load", "store"))
+    # Tables and scalars, which every thread reads from the cache, are not the tensors'.
+    sectors = 32 * sum(done.counters[f"global_{way}_sectors"] for way in ("load", "store"))
+    assert sectors >= bytes_each * 64 * 512
+    assert tensor_bytes(done) <= 1.02 * bytes_each * 64 * 512, (counted, sectors)
+
+
+def tensor_bytes(done: Any) -> float:
+    """Global traffic without loads that all lanes of a warp make of one address: those move a sector for 32 lanes."""
+    total = 0.0
+    for line in done.counters.by_line().values():
+        for way in ("load", "store"):
+            requests, moved = line[f"global_{way}_requests"], line[f"global_{way}_bytes"]
+            sectors = line[f"global_{way}_sectors"]
+            if requests and sectors / requests > 1.5:
+                total += min(moved, 32 * sectors)
+    return total
+
+
+# Machine code
+
+
+def machine_code(program: str, target: str, rule: str, case: tuple[str, str, str]) -> Any:
+    if program == "cuda":
+        return emulator.static(SOURCE, target, name="update", **NVCC)
+    _, (update,) = prepared(rule, *case, shapes=[(64, 512)])
+    gpu = in_triton(rule, update, torch.tensor(1.0), torch.tensor(1.0), target, {})
+    return emulator.static(gpu.launches[0].compiled)
+
+
+def measured() -> Iterator[tuple[str, dict[str, int]]]:
+    kinds = [("adamw", ("fp32", "float32", "nearest")), ("adamw", ("bf16", "int8", "stochastic"))]
+    for target, (rule, case) in itertools.product(TRITON_TARGETS, kinds):
+        yield f"triton {rule} {', '.join(case)}, {target}", budget(machine_code("triton", target, rule, case))
+    for target in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"):
+        yield f"cuda update, {target}", budget(machine_code("cuda", target, *kinds[0]))
+        sums = emulator.static(SOURCE, target, name="sum_of_squares", **NVCC)
+        yield f"cuda sum_of_squares, {target}", budget(sums)
+
+
+def budget(r: Any) -> dict[str, int]:
+    row = {"registers": r.registers, "spills": r.spills, "stack": r.stack, "shared": r.shared}
+    return row | {kind: r.sass[kind] for kind in ("LDG.128", "STG.128") if kind in r.sass}
+
+
+def test_budgets():
+    from hotloop.emulator import cuda as compiler
+
+    if "release 13.0" not in compiler.version(compiler.find_nvcc()) or not triton.__version__.startswith("3.9."):
+        pytest.skip(f"the budgets are of nvcc 13.0 and Triton 3.9, not of this nvcc with Triton {triton.__version__}")
+    rows = dict(measured())
+    assert rows == json.loads(BUDGETS.read_text())
+    for name, row in rows.items():
+        assert row["spills"] == row["stack"] == 0, name
+        assert row.get("LDG.128", 0) > 0, name
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_arithmetic_is_exact(program):
+    """No contraction, no approximate division or root, no flushed denormals in the PTX."""
+    if program == "cuda":
+        from hotloop.emulator import cuda as compiler
+
+        texts = [compiler.compile_ptx(SOURCE, "sm_90a", **NVCC)]
+    else:
+        _, (update,) = prepared("adamw", "bf16", "int8", "stochastic", shapes=[(64, 512)])
+        gpu = in_triton("adamw", update, torch.tensor(1.0), torch.tensor(1.0), "sm_90", {})
+        texts = [gpu.launches[0].compiled.asm["ptx"]]
+    for text in texts:
+        assert "div.rn.f32" in text
+        assert "sqrt.rn.f32" in text
+        assert not re.findall(r"\S*(?:\.ftz|\.approx|fma\.rn\.f32|div\.full)\S*", text)
+
+
+if __name__ == "__main__":
+    BUDGETS.write_text(json.dumps(dict(measured()), indent=1) + "\n")
