@@ -1,8 +1,9 @@
 """Happens-before between warps.
 
-There is one clock for the whole launch; it ticks at every synchronisation. An access is stamped with the clock. For each
-resident warp `known` holds, for every warp of its CTA, the last time up to which that warp's accesses are ordered before
-what it does next. A barrier makes the participants' knowledge the maximum of all and adds each other's past.
+There is one clock for the whole launch; it ticks at every synchronisation. An access is stamped with the clock. For
+each resident warp `known` holds, for every warp of its CTA, the last time up to which that warp's accesses are
+ordered before what it does next. A barrier makes the participants' knowledge the maximum of all and adds each other's
+past.
 
 Kernels that order CTAs (fences, acquire, release) get `world` as well: the same for every warp of the grid.
 """

@@ -1,4 +1,4 @@
-"""cp.async in flight: when it lands, and who may look. `late` copies land when they are waited for, `early` at issue."""
+"""cp.async in flight: when it lands and who may look. `late` copies land when they are waited for, `early` at issue."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ class Copies:
         shared.state[granules] = marks | shared.landed_flags()
 
     def finish(self) -> None:
-        """At the end of the kernel nothing may be in flight."""
+        """At the end of the kernel nothing may be in flight, unless that has been reported already."""
+        if self.machine.launch.reported("copy-in-flight"):
+            return
         for copy in self.flying:
             if copy.left.any():
                 self.machine.report(

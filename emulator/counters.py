@@ -1,7 +1,7 @@
 """Counted work. An ideal model, not time: instructions issued, sectors and wavefronts moved, tensor-core operations.
 
-A warp instruction is counted when any lane of the warp runs its block; a guarded instruction counts for lanes whose guard
-is false, as it is issued for them too.
+A warp instruction is counted when any lane of the warp runs its block; a guarded instruction counts for lanes whose
+guard is false, as it is issued for them too.
 """
 
 from __future__ import annotations

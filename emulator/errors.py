@@ -1,4 +1,4 @@
-"""What goes wrong: a report is a fault of the kernel under test, an exception is one of the caller or of the emulator."""
+"""What goes wrong: a report is a fault of the kernel under test, an exception one of the caller or the emulator."""
 
 from __future__ import annotations
 

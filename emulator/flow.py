@@ -1,8 +1,8 @@
 """Control flow of a kernel: basic blocks, dominators, post-dominators and the order in which blocks are run.
 
-Threads that part at a branch meet again at its immediate post-dominator. The machine always runs the first block, in the
-order made here, that holds threads. The order puts every block between a branch and its immediate post-dominator before
-the latter, so that whoever arrives there early waits for the rest, however the compiler laid the blocks out.
+Threads that part at a branch meet again at its immediate post-dominator. The machine always runs the first block, in
+the order made here, that holds threads. The order puts every block between a branch and its immediate post-dominator
+before the latter, so that whoever arrives there early waits for the rest, however the compiler laid the blocks out.
 """
 
 from __future__ import annotations

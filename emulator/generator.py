@@ -1,9 +1,10 @@
 """Code generation: the source text of one Python function per basic block.
 
-A function `b3(X, R, M, F)` runs block 3 for the lanes in mask M of machine X. R[i] holds register i as one array over all
-lanes; arrays are never changed in place, so that registers may share them. F says that M is every lane, in which case
-results replace registers; otherwise they are merged under the mask. What an instruction does is written by the emitter of
-its execution unit, from the expressions that `value` gives for operands and the lines that `assign` gives for results.
+A function `b3(X, R, M, F)` runs block 3 for the lanes in mask M of machine X. R[i] holds register i as one array over
+all lanes; arrays are never changed in place, so that registers may share them. F says that M is every lane, in which
+case results replace registers; otherwise they are merged under the mask. What an instruction does is written by the
+emitter of its execution unit, from the expressions that `value` gives for operands and the lines that `assign` gives
+for results.
 """
 
 from __future__ import annotations

@@ -135,6 +135,9 @@ class LaunchState:
         text = f"{i.line}: {i.text}"
         self.found[kind, index] = Report(kind, message, source, text, buffer, offset, cta, thread, count)
 
+    def reported(self, kind: str) -> bool:
+        return any(key[0] == kind for key in self.found)
+
     def run(self) -> Launch:
         width = -(-int(np.prod(self.block)) // 32) * 32
         together = self.program.has_strong and self.grid_size * width <= RESIDENT_LANES_COMMUNICATING

@@ -45,7 +45,31 @@ _BRANCHES = ("bra", "brx")
 
 # Their first operand is read, not written.
 WITHOUT_DESTINATION = frozenset(
-    ["st", "stmatrix", "bra", "brx", "bar", "barrier", "ret", "exit", "red", "membar", "fence", "cp", "trap", "brkpt", "nanosleep", "prefetch", "prefetchu", "griddepcontrol", "discard", "applypriority", "pmevent", "setmaxnreg", "mbarrier"]
+    [
+        "st",
+        "stmatrix",
+        "bra",
+        "brx",
+        "bar",
+        "barrier",
+        "ret",
+        "exit",
+        "red",
+        "membar",
+        "fence",
+        "cp",
+        "trap",
+        "brkpt",
+        "nanosleep",
+        "prefetch",
+        "prefetchu",
+        "griddepcontrol",
+        "discard",
+        "applypriority",
+        "pmevent",
+        "setmaxnreg",
+        "mbarrier",
+    ]
 )
 
 

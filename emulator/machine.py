@@ -1,9 +1,10 @@
 """The resident CTAs of a launch: what a block's code sees as X.
 
-Lanes are the threads of all resident CTAs, each CTA padded to whole warps; lanes of the padding never run. Residency: as
-many CTAs as fit `RESIDENT_LANES` run together, in order of their index (random schedules permute it), and the next ones
-start when all of them have ended. A kernel that may wait for other CTAs (atomics or strong accesses) is resident as a whole
-up to `RESIDENT_LANES_COMMUNICATING`; where resident CTAs wait for others that are not, the launch is reported as a livelock.
+Lanes are the threads of all resident CTAs, each CTA padded to whole warps; lanes of the padding never run. Residency:
+as many CTAs as fit `RESIDENT_LANES` run together, in order of their index (random schedules permute it), and the next
+ones start when all of them have ended. A kernel that may wait for other CTAs (atomics or strong accesses) is resident
+as a whole up to `RESIDENT_LANES_COMMUNICATING`; where resident CTAs wait for others that are not, the launch is
+reported as a livelock.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Machine:
             self.races.attach(self)
         self.local = np.zeros((self.lanes, max(16, -(-self.program.body.local_bytes // 16) * 16)), np.uint8)
         self.local_defined = np.zeros(self.local.shape if self.program.body.local_bytes else (1, 1), bool)
+        self.saw_undefined = bool(self.program.maybe_undefined)
+        self.racy_reads: set[int] = set()
         self.changes = 0  # stores and atomics that may have changed what others see
         for r in self.program.maybe_undefined:
             kind = self.program.register_dtype(r)
@@ -200,7 +203,13 @@ class Machine:
             return
         tainted = self.taint.of(registers)
         if tainted is not None and (tainted := tainted & mask).any():
-            self.report("uninitialised", index, np.flatnonzero(tainted), f"undefined data is used as {what}")
+            lanes = np.flatnonzero(tainted)
+            if self.racy_reads and not self.saw_undefined:
+                line = self.program.body.instructions[min(self.racy_reads)].line
+                message = f"what PTX line {line} read while another warp of the CTA wrote it is used as {what}"
+                self.report("global-race", index, lanes, message)
+            else:
+                self.report("uninitialised", index, lanes, f"undefined data is used as {what}")
 
     def require_warp(self, index: int, mask: Array, what: str) -> None:
         """`.aligned` instructions need every living lane of the warp."""

@@ -1,8 +1,8 @@
 """Acquire and release: what a warp that writes a location publishes, and what a warp that reads it learns.
 
 A release publishes the warp's knowledge at the location, a relaxed write what the warp knew at its last fence. A
-read-modify-write keeps what was published there before (a release sequence). An acquire learns what is published, a relaxed
-read learns it at the warp's next fence. Scopes narrower than the GPU are treated as the GPU's.
+read-modify-write keeps what was published there before (a release sequence). An acquire learns what is published, a
+relaxed read learns it at the warp's next fence. Scopes narrower than the GPU are treated as the GPU's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Races in global memory: who wrote each granule last, who read it last, and whether that is ordered before now.
 
-Warps are the unit. Where nothing orders CTAs, two CTAs are always unordered; where fences or acquire and release do, the
-clocks decide. Equal values written twice are no race, nor are atomics and other strong accesses among themselves.
+Warps are the unit. Where nothing orders CTAs, two CTAs are always unordered; where fences or acquire and release do,
+the clocks decide. Equal values written twice are no race, nor are atomics and other strong accesses among themselves.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ class GlobalRaces:
             return granules, self.repeated[per], per
         return granules, np.repeat(self.me[lanes], per), per
 
-    def on_read(self, index: int, lanes: Array | None, offset: Array, size: int, *, strong: bool = False) -> None:
+    def on_read(
+        self, index: int, lanes: Array | None, offset: Array, size: int, *, strong: bool = False
+    ) -> Array | None:
+        """Reports races between CTAs. Reads that race within the CTA are returned: compilers replicate loads whose
+        results most lanes drop, so that such a read is undefined data, a fault only where it matters."""
         granules, me, per = self._expand(lanes, offset, size)
+        raced = None
         writer = self.writer.take(granules)
         foreign = (writer != 0) & (writer != me)
         if foreign.any():
@@ -57,10 +62,14 @@ class GlobalRaces:
             if strong:
                 at = at[~self.strong[granules[at]]]
             bad = at[self._unordered(me[at], writer[at], self.written[granules[at]], self._row(lanes, at, per))]
+            inside = self._cta(me[bad]) == self._cta(writer[bad])
+            if inside.any():
+                raced = np.zeros(len(offset), bool)
+                raced[bad[inside] // per] = True
+            bad = bad[~inside]
             if len(bad):
-                self._report(
-                    index, lanes, offset, per, bad, f"a read of what {self._name(writer[bad[0]], me[bad[0]])} wrote"
-                )
+                name = self._name(writer[bad[0]], me[bad[0]])
+                self._report(index, lanes, offset, per, bad, f"a read of what {name} wrote")
         old = self.reader.take(granules)
         new = me
         other = (old != me) & (old != 0)
@@ -73,6 +82,7 @@ class GlobalRaces:
         if lost.any() and self.machine.clocks.world is None:
             mixed = lost & (self._cta(left) != self._cta(new))
             self.reader[granules[mixed]] = _SEVERAL
+        return raced
 
     def _merge_readers(self, me: Array, old: Array, granules: Array) -> Array:
         if self.machine.clocks.world is not None:
@@ -108,6 +118,8 @@ class GlobalRaces:
                 at = at[~self.strong[granules[at]]]
             several = reader[at] == _SEVERAL
             late = several.copy()
+            # A write over what the CTA's other warps read is seen as a read of it under another schedule.
+            several |= self._cta(reader[at]) == self._cta(me[at])
             one = np.flatnonzero(~several)
             which = at[one]
             late[one] = self._unordered(

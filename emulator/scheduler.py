@@ -1,8 +1,9 @@
 """Runs the blocks of a program for the resident CTAs: which threads go next, barriers, and what ends or never ends.
 
-lockstep   The first block in reconvergence order that holds threads runs, for all of them. Who has waited very long goes
-           first all the same, so that a thread that spins on a lock cannot starve the one that holds it.
-random     A random set of warps (warpgroups in kernels with wgmma) runs alone for a random number of blocks, then another.
+lockstep   The first block in reconvergence order that holds threads runs, for all of them. Who has waited very long
+           goes first all the same, so that a thread that spins on a lock cannot starve the one that holds it.
+random     A random set of warps (warpgroups in kernels with wgmma) runs alone for a random number of blocks, then
+           another.
 """
 
 from __future__ import annotations
@@ -157,11 +158,9 @@ class Barriers:
         values = values if isinstance(source, Register) else ~values
         shape = (m.cta_count, -1)
         votes, there = (values & mask).reshape(shape).sum(1), mask.reshape(shape).sum(1)
-        out: Array
-        if i.has("popc"):
-            out = votes.astype(np.uint32)
-        else:
-            out = votes == there if i.has("and") else votes > 0
+        out = {"popc": votes.astype(np.uint32), "and": votes == there, "or": votes > 0}[
+            i.one_of("popc", "and", "or") or ""
+        ]
         new = np.repeat(out, m.lanes // m.cta_count)
         old = m.registers[d.index]
         m.registers[d.index] = new if old is None else np.where(mask, new, old)
@@ -243,8 +242,9 @@ class Scheduler:
             if self.barriers.waiting:
                 for block, freed in self.barriers.release():
                     self.push(block, freed)
-            if self.step & 0x3F == 0 or m.changes != self.changes or self.step - self.quiet_since > QUIET_STEPS:
-                if self._stuck(k):
+            if m.changes != self.changes or self.step - self.quiet_since > QUIET_STEPS:
+                stuck = self._stuck(k)
+                if stuck:
                     return
         if self.barriers.waiting:
             self.barriers.deadlock()

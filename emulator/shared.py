@@ -5,9 +5,10 @@ Every granule (4 bytes, or the narrowest access of the kernel) has a state word 
     state  clock << 24 | (thread + 1) << 8 | flags       of the last write
     reads  clock << 6 | lane (32: several lanes)         of the last read by each warp
 
-Synchronised code passes with three comparisons per access: everything that it touches is defined, not in flight, and no
-younger than the last barrier of all. Only otherwise is it looked at lane by lane. Since kernels touch the same addresses
-again and again, what depends on addresses alone (bounds, alignment, granules, bank conflicts) is kept as a plan.
+Synchronised code passes with three comparisons per access: everything that it touches is defined, not in flight, and
+no younger than the last barrier of all. Only otherwise is it looked at lane by lane. Since kernels touch the same
+addresses again and again, what depends on addresses alone (bounds, alignment, granules, bank conflicts) is kept as a
+plan.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ class Shared:
             bad &= (state & ATOMIC) == 0
         if bad.any():
             self._report_race(index, plan, bad, state, "a read of what {} wrote, with no barrier between them")
-        undefined = (state & DEFINED) == 0
+        # What is in flight has been reported; that it is undefined too says nothing new.
+        undefined = (state & (DEFINED | COPYING)) == 0
         if not undefined.any():
             return None
         return undefined.reshape(len(plan.lanes), -1).any(1)

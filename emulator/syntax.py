@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Union
 
 from hotloop.emulator.errors import UnsupportedPTX
 from hotloop.emulator.types import TYPES, Type
@@ -65,7 +64,7 @@ class Discard:
     """The sink _."""
 
 
-Operand = Union[Register, Not, Immediate, Special, Symbol, Vector, Pair, Address, Discard]
+Operand = Register | Not | Immediate | Special | Symbol | Vector | Pair | Address | Discard
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def copy(g: Generator, i: Instruction) -> list[str]:
         assert isinstance(pending, Immediate)
         return [f"X.copies.wait({mask}, {full}, {pending.value})"]
     target, source, size, *rest = i.operands
-    assert isinstance(target, Address) and isinstance(source, Address)
+    assert isinstance(target, Address)
+    assert isinstance(source, Address)
     if not isinstance(size, Immediate):
         raise i.unsupported()
     if i.has("L2::cache_hint"):
@@ -80,11 +81,12 @@ def copy(g: Generator, i: Instruction) -> list[str]:
             given = f"np.where({g.value(register, PRED)}, U32(0), U32({size.value}))"
         else:
             given = g.wide(register, U32)
+    arguments = f"X, {i.index}, {g.address(target)}, {g.address(source)}, P, {full}, {size.value}, {given}"
     return [
         f"P = {mask}",
         address_check(i, target),
         address_check(i, source),
-        f"{g.use(copy_async)}(X, {i.index}, {g.address(target)}, {g.address(source)}, P, {full}, {size.value}, {given})",
+        f"{g.use(copy_async)}({arguments})",
     ]
 
 

@@ -1,10 +1,12 @@
 """atom and red, in global and shared memory.
 
-The lanes of one instruction act one after the other, in order of the lanes: each round takes every address at most once.
+The lanes of one instruction act one after the other, in order of the lanes: each round takes every address at most
+once.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +69,7 @@ def perform(
     changed = False
     by_turn = np.argsort(turn, kind="stable")
     bounds = np.flatnonzero(np.r_[True, turn[by_turn[1:]] != turn[by_turn[:-1]], True])
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in pairwise(bounds):
         now = by_turn[a:b]
         where = at[now]
         old[now] = memory[where]

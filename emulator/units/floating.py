@@ -1,7 +1,7 @@
 """Floating-point arithmetic in f16, bf16, f32 and f64, also packed in pairs.
 
-The approximate functions (ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh, div with .approx or .full) are computed in float64 and
-rounded once: hardware differs from that by a few units in the last place, in a way that is not published.
+The approximate functions (ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh, div with .approx or .full) are computed in
+float64 and rounded once: hardware differs from that by a few units in the last place, in a way that is not published.
 """
 
 from __future__ import annotations

@@ -224,11 +224,9 @@ def multiply(g: Generator, i: Instruction) -> list[str]:
 
 def multiply24(g: Generator, i: Instruction) -> list[str]:
     t = i.type
-    wide = "I64" if t.kind == "s" else "U64"
-    low = [
-        f"(({g.value(o, t)} << {'I' if t.kind == 's' else 'U'}32(8)) >> {'I' if t.kind == 's' else 'U'}32(8)).astype({wide})"
-        for o in i.operands[1:3]
-    ]
+    sign = "I" if t.kind == "s" else "U"
+    wide = f"{sign}64"
+    low = [f"(({g.value(o, t)} << {sign}32(8)) >> {sign}32(8)).astype({wide})" for o in i.operands[1:3]]
     product = f"({low[0]} * {low[1]})"
     part = f"({product} >> {wide}(16))" if i.has("hi") else product
     expression = f"{part}.astype({'I' if t.kind == 's' else 'U'}32)"

@@ -95,8 +95,13 @@ def load_global(
         address = address[lanes]
     offset, drop, undefined = locate(X, k, address.view(np.int64) - GLOBAL_BASE, size, lanes, store=False)
     X.counters.memory(k, X.warp_of if lanes is None else X.warp_of[lanes], offset, size, store=False)
+    if undefined is not None:
+        X.saw_undefined = True
     if X.races is not None:
-        X.races.on_read(k, lanes, offset, size, strong=bool(order))
+        raced = X.races.on_read(k, lanes, offset, size, strong=bool(order))
+        if raced is not None:
+            X.racy_reads.add(k)
+            undefined = raced if undefined is None else undefined | raced
     if order and X.clocks.world is not None:
         X.ordering.read(X.warp_of if lanes is None else X.warp_of[lanes], offset, acquire=order == "acquire")
     raw = fetch(X.arena.data, offset, size)

@@ -1,7 +1,7 @@
 """Tensor cores of a warp: ldmatrix, stmatrix, mma.sync.
 
-Products are exact in float32 and summed by numpy's matmul in float32: the order of a tensor core's additions, and the bits
-it drops while aligning them, are not published and not modelled.
+Products are exact in float32 and summed by numpy's matmul in float32: the order of a tensor core's additions, and the
+bits it drops while aligning them, are not published and not modelled.
 """
 
 from __future__ import annotations

@@ -194,7 +194,8 @@ def match(g: Generator, i: Instruction) -> list[str]:
     target, a, members = i.operands
     mask, full = g.mask(i)
     bits = Type("b", i.type.bits)
-    call = f"{g.use(match_result)}(X, {i.index}, {i.has('all')}, {g.value(a, bits)}, {g.value(members, U32)}, {mask}, {full})"
+    values = f"{g.value(a, bits)}, {g.value(members, U32)}"
+    call = f"{g.use(match_result)}(X, {i.index}, {i.has('all')}, {values}, {mask}, {full})"
     first = target.first if isinstance(target, Pair) else target
     results = [(first, "v[0]", U32)]
     if isinstance(target, Pair):
