@@ -73,6 +73,10 @@ WITHOUT_DESTINATION = frozenset(
 )
 
 
+def refuse(reason: str, statement: Statement) -> UnsupportedPTX:
+    return UnsupportedPTX(reason, statement.text, statement.line, str(statement.source) if statement.source else "")
+
+
 @dataclass
 class Scope:
     identity: int
@@ -151,7 +155,7 @@ class Lowering:
         text = statement.text
         if m := re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text):
             if m[1] not in TYPES:
-                raise UnsupportedPTX("a register type the emulator does not know", text, statement.line)
+                raise refuse("a register type the emulator does not know", statement)
             for name in (n.strip() for n in m[2].split(",")):
                 if many := re.match(r"([%$\w]+)<(\d+)>$", name):
                     scope.prefixes[many[1]] = m[1]
@@ -170,7 +174,7 @@ class Lowering:
             label = next(n for n in reversed(self.body.labels) if n.endswith(f"#{scope.identity}"))
             scope.tables[label.rsplit("#", 1)[0]] = tuple(t.strip() for t in m[1].split(","))
         elif not re.match(r"\.(pragma|callprototype|calltargets)\b", text):
-            raise UnsupportedPTX("a directive the emulator does not know", text, statement.line)
+            raise refuse("a directive the emulator does not know", statement)
 
     def _register(self, type_name: str) -> Register:
         self.body.registers.append(TYPES[type_name])
@@ -189,14 +193,14 @@ class Lowering:
         if m := _GUARD.match(text):
             register = self._name(m[2], scope, statement)
             if not isinstance(register, Register):
-                raise UnsupportedPTX("a guard that is no predicate", statement.text, statement.line)
+                raise refuse("a guard that is no predicate", statement)
             guard, negated, text = register.index, bool(m[1]), text[m.end() :]
         if text.startswith("call"):
             self._call(text, statement, scope, guard, negated, stack)
             return
         m = _OPCODE.match(text)
         if not m:
-            raise UnsupportedPTX("no instruction", statement.text, statement.line)
+            raise refuse("no instruction", statement)
         opcode, *modifiers = m[1].split(".")
         words = split_top(m[2])
         if opcode == "ret" and leave:
@@ -206,7 +210,7 @@ class Lowering:
         elif opcode == "brx":
             table = next((s.tables[words[1]] for s in scope.chain() if words[1] in s.tables), None)
             if table is None:
-                raise UnsupportedPTX("a branch without its table", statement.text, statement.line)
+                raise refuse("a branch without its table", statement)
             operands = (self._operand(words[0], scope, statement),)
             self._emit(statement, scope, opcode, tuple(modifiers), operands, guard, negated, table)
         else:
@@ -256,13 +260,13 @@ class Lowering:
     ) -> None:
         m = _CALL.match(text)
         if not m or m["name"].startswith("%"):
-            raise UnsupportedPTX("indirect calls are not emulated", statement.text, statement.line)
+            raise refuse("indirect calls are not emulated", statement)
         callee = self.source.functions.get(m["name"])
         if m["name"] == "__assertfail":
             self._emit(statement, scope, "trap", ("assert",), (), guard, negated, ())
             return
         if callee is None or not callee.defined:
-            raise UnsupportedPTX(f"{m['name']} has no body in this module", statement.text, statement.line)
+            raise refuse(f"{m['name']} has no body in this module", statement)
         inner = self._scope(self._outermost(scope))
         after = f"call#{inner.identity}"
         if guard is not None:
@@ -270,11 +274,11 @@ class Lowering:
         names = [*split_top(m["results"] or ""), *split_top(m["actuals"] or "")]
         declared = [*callee.results, *callee.formals]
         if len(names) != len(declared):
-            raise UnsupportedPTX("a call whose arguments do not fit the function", statement.text, statement.line)
+            raise refuse("a call whose arguments do not fit the function", statement)
         for actual, formal in zip(names, declared, strict=True):
             bound = self._name(actual, scope, statement)
             if not (isinstance(bound, Symbol) and bound.space == "local") or ".param" not in formal:
-                raise UnsupportedPTX("only .param arguments are passed to functions", statement.text, statement.line)
+                raise refuse("only .param arguments are passed to functions", statement)
             inner.names[variable(formal, callee.line).name] = bound
         self._expand(callee, inner, stack)
         if guard is not None:
@@ -302,7 +306,7 @@ class Lowering:
                 register = self._register(s.prefixes[counted[1]])
                 s.names[name] = register
                 return register
-        raise UnsupportedPTX(f"{name} is not declared", statement.text, statement.line)
+        raise refuse(f"{name} is not declared", statement)
 
     def _operand(self, word: str, scope: Scope, statement: Statement) -> Operand:
         first = word[0]
@@ -311,8 +315,7 @@ class Lowering:
         if first == "[":
             m = _ADDRESS.match(word[1:-1].strip())
             if not m:
-                where = str(statement.source) if statement.source else ""
-                raise UnsupportedPTX("an address the emulator does not know", statement.text, statement.line, where)
+                raise refuse("an address the emulator does not know", statement)
             return Address(self._operand(m[1], scope, statement), int(m[2] or "0", 0))
         if "|" in word:
             a, b = (self._operand(w.strip(), scope, statement) for w in word.split("|"))

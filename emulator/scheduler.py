@@ -8,6 +8,7 @@ random     A random set of warps (warpgroups in kernels with wgmma) runs alone f
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from hotloop.emulator.machine import Machine
 from hotloop.emulator.syntax import Immediate, Instruction, Operand, Register
 from hotloop.emulator.types import Array
 
-PATIENCE = 512  # steps after which whole warps that wait are run out of order
-LONG_PATIENCE = 1 << 14  # the same for parts of warps
-QUIET_STEPS = 4096  # steps without a visible change after which a repeated state is a livelock
-HOPELESS_STEPS = 1 << 20  # and after which any is
+# Steps without a visible change (a store, a changing atomic, a barrier passed, threads that ended) after which
+PATIENCE = 64  # whole warps that wait are run out of order,
+STALLED_STEPS = 1024  # parts of warps are,
+QUIET_STEPS = 4096  # a repeated state is a livelock,
+HOPELESS_STEPS = 1 << 20  # any state is one.
 
 
 class Barriers:
@@ -256,26 +258,30 @@ class Scheduler:
         if self.random is not None:
             return self._next_random()
         work = self.work
-        if self.step & 0x3F == 0 or len(work) > 1:
-            oldest = min(work, key=lambda b: self.since[b])
-            if self.step - self.since[oldest] > PATIENCE:
-                found = self._impatient(oldest)
-                if found is not None:
-                    return oldest, found
+        if len(work) > 1 and self.step - self.quiet_since > PATIENCE:
+            late = self._impatient()
+            if late is not None:
+                return late
         k = min(work)
         return k, work.pop(k)
 
-    def _impatient(self, block: int) -> Array | None:
-        """Those at the block whose warps are there as a whole; after very long, anyone."""
-        mask, others = self.work[block], [m for b, m in self.work.items() if b != block]
-        ready = mask
-        if others and self.step - self.since[block] < LONG_PATIENCE:
-            elsewhere = np.logical_or.reduce(others).reshape(-1, 32).any(1)
-            ready = mask & ~np.repeat(elsewhere, 32)
-        if not ready.any():
-            return None
-        self._take(block, ready)
-        return ready
+    def _impatient(self) -> tuple[int, Array] | None:
+        """Nothing has changed for a while: the first block whose warps have waited long and have no lane further back.
+        If nothing has changed for very long (a lock in a warp), parts of warps will do, but not to meet a barrier."""
+        blocks = sorted(self.work)
+        behind = np.zeros(self.m.warps, bool)
+        stalled = self.step - self.quiet_since > STALLED_STEPS
+        for before, block in pairwise(blocks):
+            behind |= self.work[before].reshape(-1, 32).any(1)
+            if self.step - self.since[block] <= PATIENCE:
+                continue
+            mask = self.work[block]
+            any_lane = stalled and self.blocks[block].end.kind != "barrier"
+            ready = mask if any_lane else mask & ~np.repeat(behind, 32)
+            if ready.any():
+                self._take(block, ready)
+                return block, ready
+        return None
 
     def _take(self, block: int, part: Array) -> None:
         rest = self.work[block] & ~part

@@ -17,21 +17,33 @@ WIDTH = {"b16": 2, "b32": 4, "b64": 8, "f32": 4, "f64": 8}
 PREFIX = {"b16": "h", "b32": "r", "b64": "rd", "f32": "f", "f64": "fd"}
 
 
-def kernel(
+def text(
     code: str, parameters: Sequence[str] = (), *, target: str = "sm_80", before: str = "", attributes: str = ""
-) -> Module:
-    """A module with the kernel `k`; parameter j is p{j}."""
+) -> str:
+    """PTX of the kernel `k`; parameter j is p{j}."""
     listed = ", ".join(f".param .{t} p{j}" for j, t in enumerate(parameters))
-    text = f"{HEADER.format(target=target)}\n{before}\n.visible .entry k({listed}) {attributes}\n{{{REGISTERS}\n{code}\n ret;\n}}\n"
-    return Module(text)
+    entry = f".visible .entry k({listed}) {attributes}"
+    return f"{HEADER.format(target=target)}\n{before}\n{entry}\n{{{REGISTERS}\n{code}\n ret;\n}}\n"
 
 
-def launch(module: Module, args: Sequence[Any], threads: int = 32, grid: Any = 1, shared: int = 0, **options: Any) -> Launch:
+def kernel(code: str, parameters: Sequence[str] = (), **options: str) -> Module:
+    return Module(text(code, parameters, **options))
+
+
+def launch(
+    module: Module, args: Sequence[Any], threads: int = 32, grid: Any = 1, shared: int = 0, **options: Any
+) -> Launch:
     return module.launch("k", grid, threads, shared, args, **options)
 
 
 def evaluate(
-    code: str, inputs: Sequence[np.ndarray], out: str = "b32", *, into: type = np.uint32, target: str = "sm_80", before: str = ""
+    code: str,
+    inputs: Sequence[np.ndarray],
+    out: str = "b32",
+    *,
+    into: type = np.uint32,
+    target: str = "sm_80",
+    before: str = "",
 ) -> np.ndarray:
     """Runs `code` once per element. Input j is in %a{j}, the result is left in %d; 16-bit values are registers of .b16."""
     count = len(inputs[0])

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from fragments import evaluate
 
-EDGES = [0, 1, 2, 3, 7, 31, 32, 33, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF, 0xDEADBEEF, 0x12345678, 0xFFFF0000, 255]
+EDGES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    31,
+    32,
+    33,
+    0x7FFFFFFF,
+    0x80000000,
+    0x80000001,
+    0xFFFFFFFF,
+    0xDEADBEEF,
+    0x12345678,
+    0xFFFF0000,
+    255,
+]
 A = np.array([a for a in EDGES for _ in EDGES], np.uint32)
 B = np.array(EDGES * len(EDGES), np.uint32)
 C = np.random.default_rng(0).integers(0, 2**32, len(A), np.uint32)
