@@ -96,7 +96,7 @@ def host_array(name: str, value: Any) -> HostArray | None:
 
 
 def host_bytes(start: int, end: int) -> Array:
-    return np.frombuffer((ctypes.c_uint8 * (end - start)).from_address(start), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
 
 
 class Binding:

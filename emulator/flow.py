@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from hotloop.emulator.syntax import Body, Instruction, Register
@@ -161,9 +162,13 @@ def graph_of(edges: list[list[int]]) -> Graph:
             backward[t].append(node)
     first = _reverse_post_order(0, edges)
     idom = _dominators(count, 0, backward, first)
-    depth = _loop_sets(edges, backward, idom)
+    loops = _loop_sets(edges, backward, idom)
+
+    def shared_loops(node: int, target: int) -> int:
+        return len(loops[node] & loops[target])
+
     # Leaving a loop is visited first, hence placed last in reverse post-order.
-    ordered = [sorted(targets, key=lambda t, n=node: len(depth[n] & depth[t])) for node, targets in enumerate(edges)]
+    ordered = [sorted(targets, key=partial(shared_loops, node)) for node, targets in enumerate(edges)]
     order = _reverse_post_order(0, ordered)
     # Blocks from which no path leads to the exit (endless loops) are given an edge to it, else nothing post-dominates.
     reaching, work = {count - 1}, [count - 1]
@@ -232,7 +237,8 @@ def reconvergence_order(graph: Graph) -> list[int]:
     missing = {node: len(before[node]) for node in reachable}
     ready = [(rank[node], node) for node in reachable if not missing[node]]
     heapq.heapify(ready)
-    placed, done = [], set()
+    placed: list[int] = []
+    done: set[int] = set()
     while len(placed) < len(reachable):
         if not ready:  # irreducible control flow: the regions contradict each other, and reverse post-order decides
             node = min((n for n in reachable if n not in done), key=rank.__getitem__)

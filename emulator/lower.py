@@ -211,8 +211,8 @@ class Lowering:
             table = next((s.tables[words[1]] for s in scope.chain() if words[1] in s.tables), None)
             if table is None:
                 raise refuse("a branch without its table", statement)
-            operands = (self._operand(words[0], scope, statement),)
-            self._emit(statement, scope, opcode, tuple(modifiers), operands, guard, negated, table)
+            selector = self._operand(words[0], scope, statement)
+            self._emit(statement, scope, opcode, tuple(modifiers), (selector,), guard, negated, table)
         else:
             operands = tuple(self._operand(w, scope, statement) for w in words)
             self._emit(statement, scope, opcode, tuple(modifiers), operands, guard, negated, ())

@@ -54,7 +54,7 @@ class Barriers:
 
     def arrive(self, i: Instruction, mask: Array) -> None:
         ident, _ = self.operands(i, mask)
-        warps = mask.reshape(-1, 32).any(1)
+        warps: Array = np.logical_or.reduce(mask.reshape(-1, 32), axis=1)
         old = self.arrived.get(ident)
         self.arrived[ident] = warps if old is None else old | warps
 
@@ -126,7 +126,7 @@ class Barriers:
                 self.arrived[ident] = rest
             else:
                 del self.arrived[ident]
-        m.clocks.barrier(going.reshape(-1, 32).any(1), part)
+        m.clocks.barrier(np.logical_or.reduce(going.reshape(-1, 32), axis=1), part)
         free = []
         for key, mask in zip(keys, masks, strict=True):
             now = mask if everyone else mask & lanes

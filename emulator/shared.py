@@ -134,6 +134,7 @@ class Shared:
     def load(self, index: int, plan: Plan, size: int, *, strong: bool = False) -> tuple[Array, Array | None]:
         """Bytes per access, (accesses, size), and which accesses read undefined ones (None: none)."""
         undefined = self.check_read(index, plan, strong=strong)
+        raw: Array
         if size == 16:
             raw = self.data.view(np.complex128).take(plan.byte >> 4)
         elif size <= 8:
@@ -254,7 +255,7 @@ class Shared:
         late[rows, own] &= (reads[rows, own] & 63) != (plan.owners & 31)
         if atomic:
             late[(state & ATOMIC) != 0] = False
-        hit = late.any(1)
+        hit = np.logical_or.reduce(late, axis=1)
         if hit.any():
             at = int(np.flatnonzero(hit)[0])
             reader = int(np.flatnonzero(late[at])[0])

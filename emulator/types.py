@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Kind = Literal["u", "s", "b", "f", "bf", "pred", "f16x2", "bf16x2", "f32x2"]
 
-UINT = {1: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-SINT = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
+UINT: dict[int, Any] = {1: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+SINT: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+FLOAT: dict[int, Any] = {16: np.float16, 32: np.float32, 64: np.float64}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Type:
         return max(1, self.bits // 8)
 
 
-TYPES: dict[str, Type] = {f"{k}{b}": Type(k, b) for k in ("u", "s", "b") for b in (8, 16, 32, 64)}  # type: ignore[arg-type]
+TYPES: dict[str, Type] = {f"{k}{b}": Type(k, b) for k in ("u", "s", "b") for b in (8, 16, 32, 64)}
 TYPES |= {f"f{b}": Type("f", b) for b in (16, 32, 64)}
 TYPES |= {
     "pred": Type("pred", 1),

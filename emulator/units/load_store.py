@@ -28,17 +28,17 @@ def locate(
     if odd.any():
         place = arena.place(int(offset[odd][0]))
         X.report("misaligned", k, who(odd), f"a {size}-byte access to global memory", place.buffer, place.offset)
-        offset = offset & ~(size - 1)
     given = offset
-    wild = offset.view(np.uint64) > len(arena.data) - size
-    if wild.any():
-        offset = np.where(wild, 0, offset)
+    harmful = odd | (offset.view(np.uint64) > len(arena.data) - size)
+    if harmful.any():
+        offset = np.where(harmful, 0, offset)  # the arena begins with a guard zone
     if arena.good(offset, size):
         return offset, None, None
     absent, undefined, constant = arena.flags(offset, size)
-    if absent.any():
-        place = arena.place(int(given[absent][0]))
-        X.report("out-of-bounds", k, who(absent), f"{size} bytes {place.text}", place.buffer, place.offset)
+    outside = absent & ~odd
+    if outside.any():
+        place = arena.place(int(given[outside][0]))
+        X.report("out-of-bounds", k, who(outside), f"{size} bytes {place.text}", place.buffer, place.offset)
     drop = absent
     if store and constant.any():
         place = arena.place(int(given[constant][0]))
@@ -137,9 +137,10 @@ def store_global(
     put(X.arena.data, offset, raw)
     if undefined is not None or drop is not None:
         X.arena.shadow[offset[:, None] + np.arange(size)] |= np.uint8(DEFINED)
-    wrong = (fetch(X.arena.data, offset, size) != raw).any(1)
-    if wrong.any():
-        X.report_conflict(k, lanes, offset, wrong)
+    if not order:
+        wrong = (fetch(X.arena.data, offset, size) != raw).any(1)
+        if wrong.any():
+            X.report_conflict(k, lanes, offset, wrong)
 
 
 def put(data: Array, offset: Array, raw: Array) -> None:

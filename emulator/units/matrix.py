@@ -108,13 +108,13 @@ def load_matrices(
         words = np.ascontiguousarray(halves).view(np.uint32)
     values = words.reshape(len(warps), count, 32)
     if undefined is not None or X.taint.any:
-        bad = None if undefined is None else undefined.reshape(len(warps), count, 8).any(2)
+        bad = None if undefined is None else np.logical_or.reduce(undefined.reshape(len(warps), count, 8), axis=2)
         for j, d in enumerate(into):
             found = None
             if bad is not None:
-                found = np.zeros((X.warps, 32), bool)
-                found[warps] = bad[:, j : j + 1]
-                found = found.ravel()
+                per_warp = np.zeros((X.warps, 32), bool)
+                per_warp[warps] = bad[:, j : j + 1]
+                found = per_warp.ravel()
             X.taint.put((d,), found, M)
     if len(warps) == X.warps:
         return list(np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(count, -1))

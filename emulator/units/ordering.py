@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hotloop.emulator.generator import Emitter, Generator
 from hotloop.emulator.syntax import Instruction
 from hotloop.emulator.types import U32, Array
@@ -15,12 +17,12 @@ if TYPE_CHECKING:
 
 def fence_memory(X: Machine, P: Array) -> None:
     if X.clocks.world is not None:
-        X.ordering.fence(P.reshape(-1, 32).any(1))
+        X.ordering.fence(np.logical_or.reduce(P.reshape(-1, 32), axis=1))
 
 
 def synchronise_warp(X: Machine, k: int, members: Array, P: Array, F: bool) -> None:
     require_members(X, k, members, P, F, "bar.warp.sync")
-    X.clocks.warp_barrier(P.reshape(-1, 32).any(1))
+    X.clocks.warp_barrier(np.logical_or.reduce(P.reshape(-1, 32), axis=1))
 
 
 def fence(g: Generator, i: Instruction) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -135,7 +135,7 @@ def reduce_warp(X: Machine, k: int, operation: str, v: Array, members: Array, M:
     return out
 
 
-def _neutral(operation: str, dtype: np.dtype) -> object:
+def _neutral(operation: str, dtype: Any) -> Any:
     if operation in ("add", "or", "xor"):
         return dtype.type(0)
     if operation == "and":

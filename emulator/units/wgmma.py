@@ -6,7 +6,7 @@ and checks depend on nothing else, so that they are kept per descriptor.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -136,7 +136,8 @@ def warpgroup_multiply(
     # Warp w has rows 16 w ..; lane 4 g + t columns 8 j + 2 t and + 1 of rows g and g + 8.
     d = product.reshape(len(groups), 4, 2, 8, columns // 8, 4, 2)
     keep = np.broadcast_to(accumulate, X.lanes)[first][:, None]
-    out = []
+    out: list[Array] = []
+    c: Any
     for j in range(len(accumulators)):
         if half:
             x = d[:, :, j & 1, :, j >> 1].reshape(len(groups), 128, 2)

@@ -45,7 +45,7 @@ def evaluate(
     target: str = "sm_80",
     before: str = "",
 ) -> np.ndarray:
-    """Runs `code` once per element. Input j is in %a{j}, the result is left in %d; 16-bit values are registers of .b16."""
+    """Runs `code` once per element. Input j is in %a{j}, the result is left in %d; registers of 16 bits are .b16."""
     count = len(inputs[0])
     threads = max(32, count)
     size = {2: "b16", 4: "b32", 8: "b64"}
