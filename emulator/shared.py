@@ -240,7 +240,8 @@ class Shared:
             hit = (state & flag) != 0
             if hit.any():
                 self._report(kind, index, plan, hit, what)
-        bad = self._unordered_write(plan, state)
+        free = (state & READ_BY_WGMMA) == 0  # else the race is reported already
+        bad = self._unordered_write(plan, state) & free
         if atomic:
             bad &= (state & ATOMIC) == 0
         if new is not None and bad.any():
@@ -255,7 +256,7 @@ class Shared:
         late[rows, own] &= (reads[rows, own] & 63) != (plan.owners & 31)
         if atomic:
             late[(state & ATOMIC) != 0] = False
-        hit = np.logical_or.reduce(late, axis=1)
+        hit = np.logical_or.reduce(late, axis=1) & free
         if hit.any():
             at = int(np.flatnonzero(hit)[0])
             reader = int(np.flatnonzero(late[at])[0])
