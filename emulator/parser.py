@@ -17,6 +17,7 @@ _STRING_OR_COMMENT = re.compile(r'"(?:[^"\\\n]|\\.)*"|/\*.*?\*/|//[^\n]*', re.S)
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*?inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
 _LABEL = re.compile(r"([$%\w.]+)\s*:(?!:)")
+_INLINE_ASSEMBLY = re.compile(r"// begin inline asm\n.*?// end inline asm", re.S)
 _SPACE = re.compile(r"\s*")
 _FUNCTION = re.compile(r"(?:\.(?:visible|weak|extern|common)\s+)*\.(entry|func)\b")
 _VARIABLE = re.compile(
@@ -65,6 +66,17 @@ def blank_comments(text: str) -> str:
         return found if found.startswith('"') else "\n" * found.count("\n") or " "
 
     return _STRING_OR_COMMENT.sub(blank, text)
+
+
+def one_line_per_assembly(ptx: str) -> str:
+    """LLVM counts a source line further for each line of an inline assembly: of its .loc only the first is true."""
+
+    def keep_first(match: re.Match[str]) -> str:
+        before, loc, after = match.group(0).partition(".loc")
+        first, newline, rest = after.partition("\n")
+        return before + loc + first + newline + re.sub(r"\.loc\b[^\n]*", "", rest)
+
+    return _INLINE_ASSEMBLY.sub(keep_first, ptx)
 
 
 def split_top(text: str) -> list[str]:
@@ -150,7 +162,7 @@ class _Locations:
 
 class Parser:
     def __init__(self, ptx: str, source_root: str | None = None) -> None:
-        self.text = blank_comments(ptx)
+        self.text = blank_comments(one_line_per_assembly(ptx))
         self.newlines = [i for i, c in enumerate(self.text) if c == "\n"]
         self.locations = _Locations(self.text, source_root)
 
