@@ -53,6 +53,6 @@ class Emulated:
         return module.launch(kernel, grid, block, shared, args, **{**self.machine, **options})
 
 
-@pytest.fixture(params=SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.fixture(params=list(SCHEDULES.values()), ids=list(SCHEDULES))
 def emulated(request: pytest.FixtureRequest) -> Emulated:
     return Emulated(request.param)

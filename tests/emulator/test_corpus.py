@@ -26,8 +26,7 @@ def test_the_corpus_holds_every_version():
     assert len(ENTRIES) == 3 * 2 * len(CASES)
 
 
-# Triton 3.6 fences the first tiles of a pipelined loop only: tiles that cp.async brings later reach wgmma without a
-# fence.proxy.async. 3.7.1 has it inside the loop (triton-lang/triton #9610, #10537).
+# See gallery.case.known_faults.
 KNOWN_FAULTS = {"triton-3.6.0 sm_90 attention": {"proxy-fence"}}
 
 

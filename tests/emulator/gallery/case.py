@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 import hotloop.emulator
@@ -37,12 +39,12 @@ class Case:
     unordered: frozenset[str] = frozenset()  # outputs whose bits depend on the order of atomics
 
     def run(self, language: str, target: str, tensors: Tensors, machine: Machine) -> None:
-        """Launches on `tensors`, in place. A report raises."""
+        """Launches on `tensors`, in place. A report of a fault that Triton is not known for fails the test."""
         if language == "triton":
             assert self.launch_triton is not None
-            with hotloop.emulator.triton(target, **machine) as gpu:
+            with hotloop.emulator.triton(target, on_report="collect", **machine) as gpu:
                 self.launch_triton(tensors)
-            assert gpu.reports == []
+            assert {report.kind for report in gpu.reports} <= known_faults(target), gpu.reports[0]
             assert gpu.counters["warp_instructions"] > 0
         else:
             assert self.launch_cuda is not None
@@ -55,6 +57,13 @@ class Case:
         for name, right in exact.items():
             allowed = 2 * error(plain[name], right) + self.slack * right.double().abs().max().item()
             assert error(got[name], right) <= allowed, f"{self.name}: {name}"
+
+
+def known_faults(target: str) -> set[str]:
+    """Before 3.7.1 Triton fenced the first tiles of a pipelined loop only: those that cp.async brings later reach wgmma
+    without a fence.proxy.async (triton-lang/triton #9610, #10537)."""
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+    return {"proxy-fence"} if target == "sm_90" and version < (3, 7, 1) else set()
 
 
 def error(a: Tensor, b: Tensor) -> float:
