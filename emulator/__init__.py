@@ -1,4 +1,18 @@
-"""A GPU emulator for verification: runs compiled PTX on a CPU, checks it and counts its work."""
+"""A GPU emulator for verification: runs compiled PTX on a CPU, checks it and counts its work.
+
+    from hotloop import emulator
+
+    with emulator.triton(target="sm_80", schedule="random", seed=0) as gpu:   # launches of @triton.jit kernels run here,
+        softmax[(rows,)](x, y, columns, BLOCK=1024)                            # on CPU tensors; a fault raises ReportsError
+    print(gpu.reports, gpu.counters["warp_instructions"], gpu.counters.table())
+
+    attention = emulator.Module.from_cuda("attention.cu", arch="sm_90a", defines={"D": 64})   # nvcc, kept by content
+    attention.launch("forward", grid, (128,), shared_bytes, [q, k, v, o, T, scale], schedule="random", seed=1)
+
+    emulator.static("attention.cu", "sm_80", name="forward").registers         # also .spills, .stack, .shared, .sass
+
+In pytest, `from hotloop.emulator.fixture import emulated` gives a fixture under which a test runs with every schedule.
+"""
 
 if __name__ == "hotloop.emulator":
     from typing import TYPE_CHECKING
