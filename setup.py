@@ -5,6 +5,7 @@ build fails) the package still installs; `hotloop doctor` then says that the `cp
 """
 
 import sys
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -13,11 +14,13 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 extension = Pybind11Extension(
     "hotloop.kernels._C",
-    sources=["csrc/bindings.cpp", "csrc/machine/machine_cpu.cpp"],
+    sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
+    depends=glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inl", recursive=True),
     include_dirs=["csrc"],
     cxx_std=17,
     # -ffp-contract=off: the optimizers promise the same bits on every backend.
-    extra_compile_args=["-O3", "-ffp-contract=off", *OPENMP],
+    # -Wno-psabi: vectors wider than the baseline's are never arguments of a function that is not inlined.
+    extra_compile_args=["-O3", "-ffp-contract=off", "-Wno-psabi", *OPENMP],
     extra_link_args=OPENMP,
     optional=True,
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.kernels.cross_entropy import config
+from hotloop.kernels.dispatch import Table
 from hotloop.kernels.testing import draw_values
 
 IGNORE = -100
@@ -101,6 +102,13 @@ def row_gradient(target: Tensor, chosen: dict[str, Any]) -> float:
     if chosen["reduction"] != "mean" or not valid.numel():
         return b
     return b / (valid.numel() if weight is None else weight[valid].sum().item())
+
+
+def serving(table: Table, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
+    """The backends that take inputs of this dtype on this device."""
+    return [
+        name for name, why_not in table.reasons(torch.empty(1, 1, dtype=dtype, device=device)).items() if not why_not
+    ]
 
 
 def small_blocks() -> Any:

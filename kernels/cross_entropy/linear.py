@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.autograd import first_order
-from hotloop.kernels.cross_entropy import platform, reference, schedule
+from hotloop.kernels.cross_entropy import cpu, platform, reference, schedule
 from hotloop.kernels.cross_entropy.checks import (
     SCHEDULES,
     as_constant,
@@ -44,14 +44,17 @@ lib.define(
     f"{_ROWS}, Tensor lse, Tensor entropy, {_OPTIONS}, {_NEEDS}, str backend) -> ({_GRADIENTS})"
 )
 
+_CPU = schedule.RowKernels(cpu.rows_forward, cpu.rows_forward_backward_, cpu.columns_backward_)
 _TORCH = schedule.RowKernels(platform.rows_forward, platform.rows_forward_backward_, platform.columns_backward_)
 ONE_PASS = Table(
     "linear_cross_entropy.one_pass",
+    Backend("cpu", cpu.supports, partial(schedule.one_pass, _CPU)),
     Backend("torch", lambda input, *_, **__: None, partial(schedule.one_pass, _TORCH)),
     Backend("reference", lambda input, *_, **__: None, reference.linear_one_pass),
 )
 RECOMPUTE = Table(
     "linear_cross_entropy.recompute",
+    Backend("cpu", cpu.supports, partial(schedule.recompute_forward, _CPU), partial(schedule.recompute_backward, _CPU)),
     Backend(
         "torch",
         lambda input, *_, **__: None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.autograd import first_order
-from hotloop.kernels.cross_entropy import platform, reference
+from hotloop.kernels.cross_entropy import cpu, platform, reference
 from hotloop.kernels.cross_entropy.checks import (
     as_constant,
     check_constant,
@@ -45,6 +45,7 @@ def _platform_forward(
 
 CROSS_ENTROPY = Table(
     "cross_entropy",
+    Backend("cpu", cpu.supports, cpu.forward, cpu.rows_backward),
     Backend("torch", lambda input, *_, **__: None, _platform_forward, platform.rows_backward),
     Backend(
         "reference", lambda input, *_, **__: None, reference.cross_entropy_forward, reference.cross_entropy_backward

@@ -26,6 +26,7 @@ from hotloop.kernels.cross_entropy.contract import (
     gradient_dtype,
     row_coefficients,
 )
+from hotloop.kernels.workspace import workspace
 
 
 class ForwardKernel(Protocol):
@@ -161,7 +162,7 @@ class ProductSum:
         wide = accumulation_dtype(dtype)
         self.dtype = dtype
         self.sum = torch.empty(shape, dtype=dtype if steps == 1 else wide, device=device)
-        self.part = torch.empty(shape, dtype=dtype, device=device) if steps > 1 and dtype != wide else None
+        self.part = workspace("product", shape, dtype, device) if steps > 1 and dtype != wide else None
         self.empty = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -201,7 +202,7 @@ def one_pass(
 
     step = config.chunk_rows(n, v, h.dtype)
     starts = range(0, n, step)
-    buffer = h.new_empty((step if n else 0, v))
+    buffer = workspace("logits", (step if n else 0, v), h.dtype, h.device)
     dh = h.new_empty((n, d)) if needs.input else None
     dw = ProductSum((v, d), h.dtype, h.device, len(starts)) if needs.linear_weight else None
     db = h.new_zeros(v, dtype=scale.dtype) if needs.linear_bias else None
@@ -250,7 +251,7 @@ def recompute_forward(
     token_weight = None if token_weight is None else selection.take(token_weight)
     n, v = h.shape[0], linear_weight.shape[0]
     step = config.chunk_rows(n, v, h.dtype)
-    buffer = h.new_empty((step if n else 0, v))
+    buffer = workspace("logits", (step if n else 0, v), h.dtype, h.device)
     parts = []
     for start in range(0, n, step):
         chunk = slice(start, min(start + step, n))
@@ -285,7 +286,7 @@ def recompute_backward(
 
     width = config.tile_columns(n, v, h.dtype)
     starts = range(0, v, width) if n else range(0)
-    buffer = h.new_empty(n * width)
+    buffer = workspace("logits", (n * width,), h.dtype, h.device)
     dh = ProductSum((n, d), h.dtype, h.device, len(starts)) if needs.input else None
     dw = h.new_empty((v, d)) if needs.linear_weight else None
     db = h.new_empty(v) if needs.linear_bias else None
