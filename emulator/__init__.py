@@ -2,8 +2,9 @@
 
     from hotloop import emulator
 
-    with emulator.triton(target="sm_80", schedule="random", seed=0) as gpu:   # launches of @triton.jit kernels run here,
-        softmax[(rows,)](x, y, columns, BLOCK=1024)                            # on CPU tensors; a fault raises ReportsError
+    # Launches of @triton.jit kernels run here, on CPU tensors; a fault raises ReportsError.
+    with emulator.triton(target="sm_80", schedule="random", seed=0) as gpu:
+        softmax[(rows,)](x, y, columns, BLOCK=1024)
     print(gpu.reports, gpu.counters["warp_instructions"], gpu.counters.table())
 
     attention = emulator.Module.from_cuda("attention.cu", arch="sm_90a", defines={"D": 64})   # nvcc, kept by content

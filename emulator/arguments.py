@@ -2,12 +2,15 @@
 
 Arrays that share memory share it in the arena as well. Only bytes that belong to an element of some argument are
 allocated: the gap between two rows of a slice is as much out of bounds as what lies past its end.
+
+What a kernel reaches through a table of addresses is no argument: the caller names it as `memory`. 64-bit integers in
+arguments that are addresses inside of it become addresses of the arena, and the caller's again afterwards.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +41,7 @@ class HostArray:
     alignment: int  # of the first byte, relative to its allocation, modulo 256
     defined: bool
     writable: bool
+    integers: bool
 
     @property
     def span(self) -> tuple[int, int]:
@@ -73,7 +77,17 @@ def host_array(name: str, value: Any) -> HostArray | None:
         strides = tuple(s * size for s in value.stride())
         pointer = value.data_ptr()
         base = value.untyped_storage().data_ptr()
-        return HostArray(name, pointer, tuple(value.shape), strides, size, (pointer - base) % 256, defined, True)
+        return HostArray(
+            name,
+            pointer,
+            tuple(value.shape),
+            strides,
+            size,
+            (pointer - base) % 256,
+            defined,
+            True,
+            not (value.is_floating_point() or value.is_complex()),
+        )
     if isinstance(value, np.ndarray):
         pointer = value.__array_interface__["data"][0]
         owner: Any = value
@@ -89,6 +103,7 @@ def host_array(name: str, value: Any) -> HostArray | None:
             (pointer - base) % 256,
             defined,
             bool(value.flags.writeable),
+            value.dtype.kind in "iu",
         )
     if not defined:
         raise EmulatorError(f"{name}: Uninitialised wraps a tensor, not {type(value).__name__}")
@@ -102,7 +117,13 @@ def host_bytes(start: int, end: int) -> Array:
 class Binding:
     """The arguments of one launch."""
 
-    def __init__(self, parameters: Sequence[Parameter], args: Sequence[Any] | Mapping[str, Any], arena: Arena) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        args: Sequence[Any] | Mapping[str, Any],
+        arena: Arena,
+        memory: Mapping[str, Any],
+    ) -> None:
         self.arena = arena
         names = list(args) if isinstance(args, Mapping) else [p.name for p in parameters]
         values = list(args.values()) if isinstance(args, Mapping) else list(args)
@@ -110,7 +131,10 @@ class Binding:
             expected = ", ".join(f"{p.name}: {p.type}" for p in parameters)
             raise EmulatorError(f"the kernel takes {len(parameters)} arguments ({expected}), {len(values)} were given")
         arrays = [host_array(n, v) for n, v in zip(names, values, strict=True)]
-        self.regions = self._regions([a for a in arrays if a is not None])
+        reached = [self._reached(name, value) for name, value in memory.items()]
+        given = [a for a in arrays if a is not None]
+        self.regions = self._regions([*given, *reached])
+        self.tables = [t for a in given for t in self._tables(a, reached)]
         size = max([p.offset + p.size for p in parameters], default=0)
         self.block = np.zeros(max(16, -(-size // 16) * 16), np.uint8)
         for p, value, array in zip(parameters, values, arrays, strict=True):
@@ -148,6 +172,29 @@ class Binding:
             )
             shadow |= np.uint8(ALLOCATED | (DEFINED if a.defined else 0))
         return placed
+
+    @staticmethod
+    def _reached(name: str, value: Any) -> HostArray:
+        array = host_array(name, value)
+        if array is None:
+            raise EmulatorError(
+                f"memory[{name!r}]: {type(value).__name__} was given; pass a CPU tensor or a numpy array"
+            )
+        return array
+
+    def _tables(self, a: HostArray, reached: Sequence[HostArray]) -> Iterator[tuple[Array, Array, Array]]:
+        """Translates addresses in the arena's copy of a dense array of integers: (copy, its elements before, after)."""
+        start, end = a.span
+        if not a.integers or a.itemsize != 8 or not reached or end - start != 8 * int(np.prod(a.shape)):
+            return
+        offset = self._offset(a, self.regions)
+        copy = self.arena.data[offset : offset + end - start].view(np.uint64)
+        before, after = copy.copy(), copy.copy()
+        for r in (r for b in reached for r in self.regions if r.start <= b.span[0] and b.span[1] <= r.end):
+            inside = (before >= r.start) & (before < r.end)
+            after[inside] = before[inside] + np.uint64(GLOBAL_BASE + r.offset) - np.uint64(r.start)
+        copy[:] = after
+        yield copy, before, after
 
     def _reversed(self, a: HostArray, offset: int) -> Array:
         """Negative strides: the same elements, walked upwards."""
@@ -193,6 +240,8 @@ class Binding:
         return np.array([whole & ((1 << 8 * p.size) - 1)], UINT[8 * p.size]).tobytes()
 
     def copy_back(self) -> None:
+        for copy, before, after in self.tables:
+            copy[:] = np.where(copy == after, before, copy)
         for r in self.regions:
             if r.end == r.start:
                 continue

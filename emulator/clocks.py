@@ -21,15 +21,11 @@ class Clocks:
         count = len(ctas)
         self.now = start
         self.shape = (count, warps)
-        self.known = np.full((count * warps, warps), start - 1, np.int64)
-        self.known[:] = 0
-        self.first = start
+        self.known = np.zeros((count * warps, warps), np.int64)
         self.base = 0  # everything stamped up to here is ordered before everything to come, in every resident CTA
         self.own = np.arange(count * warps) % warps
         self.world_column = (ctas[:, None] * warps + np.arange(warps)).ravel()
         self.world = np.zeros((count * warps, grid_ctas * warps), np.int64) if world else None
-        self.fenced = np.zeros((count * warps, grid_ctas * warps), np.int64) if world else None
-        self.heard = np.zeros((count * warps, grid_ctas * warps), np.int64) if world else None
 
     def barrier(self, warps: Array, arrived: Array | None = None) -> None:
         """CTA barrier over the warps of the mask; `arrived` ones contribute without waiting (bar.arrive)."""

@@ -62,6 +62,7 @@ class LaunchState:
         args: Sequence[Any] | Mapping[str, Any],
         options: Options,
         global_data: dict[str, bytes],
+        memory: Mapping[str, Any],
     ) -> None:
         body = program.body
         self.program = program
@@ -83,7 +84,7 @@ class LaunchState:
             self.arena.data[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
             flags = ALLOCATED | DEFINED | (CONSTANT if v.space == "const" else 0)
             self.arena.shadow[offset : offset + len(data)] = flags
-        self.binding = Binding(body.parameters, args, self.arena)
+        self.binding = Binding(body.parameters, args, self.arena, memory)
         self.parameters = self.binding.block
         self.counters = Tally(len(body.instructions), len(program.blocks))
         self.found: dict[tuple[str, int], Report] = {}

@@ -108,17 +108,20 @@ class Module:
         async_copies: AsyncCopies = "late",
         checks: bool = True,
         on_report: Literal["raise", "collect"] = "raise",
+        memory: Mapping[str, Any] | None = None,
     ) -> Launch:
         """Run `kernel`. Tensors in `args` (CPU tensors, numpy arrays) are read and written in place.
 
         grid, block: an int or up to three. shared: bytes of dynamic shared memory. args: one per parameter, in order; a
         mapping names them in reports. A pointer parameter takes a tensor, or an int such as 0 for a null pointer.
         schedule, seed: see hotloop.emulator.scheduler. async_copies: cp.async lands when waited for, or at once.
+        memory: tensors that the kernel reaches through addresses in integer tensors among `args`, by name.
         """
         if on_report not in ("raise", "collect"):
             raise EmulatorError(f"on_report={on_report!r}: expected 'raise' or 'collect'")
         options = Options(schedule, seed, async_copies, checks)
-        state = LaunchState(self.kernels[kernel].program, grid, block, shared, args, options, self._globals)
+        program = self.kernels[kernel].program
+        state = LaunchState(program, grid, block, shared, args, options, self._globals, memory or {})
         done = state.run()
         for name, offset in state.global_offsets.items():
             self._globals[name] = state.arena.data[offset : offset + len(self._globals[name])].tobytes()

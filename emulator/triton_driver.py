@@ -66,6 +66,7 @@ class Session:
         self.reports: list[Report] = []
         self.counters = Counters()
         self.launches: list[TritonLaunch] = []
+        self.memory: dict[str, Any] = {}  # tensors that kernels reach through tables of addresses, by name
         self._on_report = on_report
         self._machine = machine
         self._tuning = Tuning(configs)
@@ -75,7 +76,7 @@ class Session:
         self._tuning.check()
         with self._turn:
             self.launches.append(launch)
-            done = launch.run(**self._machine)
+            done = launch.run(memory=self.memory, **self._machine)
             self.reports += done.reports
             self.counters = self.counters + done.counters
         if done.reports and self._on_report == "raise":
@@ -310,6 +311,8 @@ def triton(
     schedule, seed, async_copies, checks      as for `Module.launch`
     on_report     "raise" a ReportsError at the end of a launch that broke a rule, or "collect" in `gpu.reports`
     configs       index of the configuration that an autotuned kernel takes, by its name; the first where not named
+
+    Kernels that read addresses from a table reach only what `gpu.memory` names: `gpu.memory["p"] = p`.
 
     The block is the process's: launches of other threads run in it too, one at a time, and a second block is refused
     until the first has ended.

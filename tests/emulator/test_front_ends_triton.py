@@ -309,3 +309,24 @@ def test_the_fixture_runs_every_schedule(emulated, request):
     )
     assert again.reports == []
     assert emulated.machine["schedule"] in request.node.name
+
+
+@triton.jit
+def double_all(table, n, BLOCK: tl.constexpr):
+    x = tl.load(table + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    i = tl.arange(0, BLOCK)
+    tl.store(x + i, 2 * tl.load(x + i, mask=i < n), mask=i < n)
+
+
+def test_memory_behind_a_table_of_addresses():
+    a, b = torch.ones(20), torch.arange(40.0)
+    table = torch.tensor([a.data_ptr(), b[10:].data_ptr()])
+    with emulator.triton(on_report="collect") as gpu:
+        double_all[(2,)](table, 20, BLOCK=32)
+        assert {r.kind for r in gpu.reports} == {"out-of-bounds"}
+        gpu.memory |= {"a": a, "b": b}
+        gpu.reports.clear()
+        double_all[(2,)](table, 20, BLOCK=32)
+    assert gpu.reports == []
+    assert a.tolist() == [2.0] * 20
+    assert b.tolist() == [*range(10), *range(20, 60, 2), *range(30, 40)]

@@ -289,3 +289,50 @@ def test_overwriting_a_copy_in_flight():
 
 def test_evaluate_reads_what_it_was_given():
     np.testing.assert_array_equal(evaluate("mov.b32 %d, %a0;", [np.arange(40, dtype=np.uint32)]), np.arange(40))
+
+
+# ---------------------------------------------------------------------- tables of addresses
+FROM_TABLE = """mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; ld.param.b64 %rd1, [p0];
+    mad.wide.u32 %rd2, %r2, 16, %rd1; ld.global.b64 %rd3, [%rd2]; ld.global.b64 %rd4, [%rd2+8];
+    mad.wide.u32 %rd5, %r1, 4, %rd3; mad.wide.u32 %rd6, %r1, 4, %rd4; ld.global.b32 %r3, [%rd5];
+    st.global.b32 [%rd6], %r3;
+"""
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_a_table_of_addresses_reaches_the_memory_that_is_named(tensors):
+    """Copies between tensors that are no arguments; views and an address inside a tensor; the table is left alone."""
+    a, b = np.arange(100, dtype=np.int32), np.zeros(64, np.int32)
+    start = a.__array_interface__["data"][0]
+    table = np.array([start, b.__array_interface__["data"][0], start + 4 * 68, b[32:].__array_interface__["data"][0]])
+    before = table.copy()
+    given, memory = (table, {"a": a, "b": b})
+    if tensors:
+        given, memory = torch.from_numpy(table), {"a": torch.from_numpy(a), "b": torch.from_numpy(b)}
+    launch(kernel(FROM_TABLE, ["u64"]), [given], 32, 2, memory=memory)
+    assert b.tolist() == [*range(32), *range(68, 100)]
+    assert (table == before).all()
+
+
+def test_what_is_not_named_is_out_of_bounds():
+    a, b = np.arange(32, dtype=np.int32), np.zeros(31, np.int32)
+    table = np.array([x.__array_interface__["data"][0] for x in (a, b)])
+    module = kernel(FROM_TABLE, ["u64"])
+    found = launch(module, [table], memory={"a": a}, on_report="collect").reports
+    assert [(r.kind, r.count) for r in found] == [("out-of-bounds", 32)]
+    found = launch(module, [table], memory={"a": a, "b": b}, on_report="collect").reports
+    assert [(r.kind, r.buffer, r.offset, r.count) for r in found] == [("out-of-bounds", "b", 124, 1)]
+
+
+def test_a_table_that_the_kernel_writes_keeps_what_was_written():
+    a = np.arange(4, dtype=np.int32)
+    table = np.array([a.__array_interface__["data"][0], 7, 8])
+    code = "ld.param.b64 %rd1, [p0]; mov.u64 %rd2, 5; st.global.b64 [%rd1+8], %rd2;"
+    expected = [table[0], 5, 8]
+    launch(kernel(code, ["u64"]), [table], 1, memory={"a": a})
+    assert table.tolist() == expected
+
+
+def test_memory_is_of_tensors():
+    with pytest.raises(EmulatorError, match=r"memory\['a'\]: int was given; pass a CPU tensor"):
+        launch(kernel(FROM_TABLE, ["u64"]), [np.zeros(2, np.int64)], memory={"a": 3})
