@@ -37,9 +37,12 @@ def test_kernels_do_not_import_the_engine():
 
 
 def test_emulator_imports_nothing_of_the_rest():
+    """Triton is the business of its front end and of the tools in its wheel; both import it where they use it."""
+    front_ends = ("triton_driver.py", "resources.py")
     for path in sources("emulator"):
+        foreign = ("hotloop.engine", "hotloop.kernels", *(() if path.name in front_ends else ("torch", "triton")))
         for name in imports(path):
-            assert not name.startswith(("hotloop.engine", "hotloop.kernels", "torch", "triton")), f"{path}: {name}"
+            assert not name.startswith(foreign), f"{path}: {name}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,7 +75,7 @@ def test_peers_are_no_run_time_needs():
     peers = ("transformers", "liger_kernel", "peft", "flash_attn", "pytest", "hypothesis")
     for package in PACKAGES:
         for path in sources(package):
-            if path.name == "testing.py":
+            if path.name in ("testing.py", "fixture.py"):
                 continue
             for name in imports(path):
                 assert name.split(".")[0] not in peers, f"{path} imports {name}"
@@ -110,5 +113,6 @@ def test_the_bare_name_says_what_is_wrong(package):
 
 def test_importing_a_package_imports_nothing_heavy():
     for package in PACKAGES:
-        done = run_python("-c", f"import sys, hotloop.{package}; print('torch' in sys.modules)", cwd=ROOT / "tests")
-        assert done.stdout.strip() == "False", done.stderr
+        heavy = "{'torch', 'triton'} & set(sys.modules)"
+        done = run_python("-c", f"import sys, hotloop.{package}; print({heavy})", cwd=ROOT / "tests")
+        assert done.stdout.strip() == "set()", done.stderr

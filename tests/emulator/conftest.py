@@ -1,0 +1,3 @@
+from hotloop.emulator.fixture import emulated
+
+__all__ = ["emulated"]
