@@ -54,7 +54,9 @@ class BuildExt(build_ext):
             nvcc = find_nvcc()
             if nvcc is None:
                 raise SystemExit("HOTLOOP_BUILD_CUDA asks for CUDA, but nvcc is neither on PATH nor in CUDA_HOME")
-            extension.extra_objects += [self.device_object(nvcc, file, architectures) for file in extension.cuda_sources]
+            extension.extra_objects += [
+                self.device_object(nvcc, file, architectures) for file in extension.cuda_sources
+            ]
             extension.define_macros.append(("HOTLOOP_CUDA", f'"{",".join(architectures)}"'))
             extension.library_dirs += library_folders(nvcc)
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]

@@ -41,17 +41,19 @@ def static(kernel: Any, target: str = "sm_80", *, name: str | None = None, **com
     kernel      the path of a `.cu` or `.cubin` file, a cubin's bytes, or a kernel that Triton compiled (what `warmup`
                 and a launch return)
     target      the architecture a `.cu` file is compiled for, with `compile_options` as for `Module.from_cuda`
-    name        the kernel's plain name, where the file holds several
+    name        the kernel's plain name, where the file holds several; of instances of a template the whole entry
     """
     cubin, dynamic_shared = machine_code(kernel, target, compile_options)
     usage = usages(cubin)
-    found = {cuda.plain_name(entry): entry for entry in usage}
-    if name is None and len(found) == 1:
-        (name,) = found
-    if name not in found:
-        raise EmulatorError(f"kernel {name!r}: expected one of {', '.join(sorted(found))}")
-    counts = classes(cubin)[found[name]]
-    registers, stack, shared = usage[found[name]]
+    found = [entry for entry in usage if name is None or name in (entry, cuda.plain_name(entry))]
+    if len(found) != 1:
+        names = [cuda.plain_name(entry) for entry in usage]
+        known = sorted(plain if names.count(plain) == 1 else entry for plain, entry in zip(names, usage, strict=True))
+        raise EmulatorError(f"kernel {name!r}: expected one of {', '.join(known)}")
+    (entry,) = found
+    name = cuda.plain_name(entry)
+    counts = classes(cubin)[entry]
+    registers, stack, shared = usage[entry]
     spills = sum(count for kind, count in counts.items() if kind.startswith(("LDL", "STL")))
     return Resources(name, registers, stack, spills, shared + dynamic_shared, dict(counts.most_common()))
 

@@ -44,6 +44,8 @@ TYPES |= {
     "f16x2": Type("f16x2", 32),
     "bf16x2": Type("bf16x2", 32),
     "f32x2": Type("f32x2", 64),
+    "u16x2": Type("b", 32),  # the opcodes that take pairs of integers look at the name
+    "s16x2": Type("b", 32),
 }
 U16, U32, U64 = TYPES["u16"], TYPES["u32"], TYPES["u64"]
 F32, PRED = TYPES["f32"], TYPES["pred"]

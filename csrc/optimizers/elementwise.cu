@@ -15,8 +15,8 @@ namespace hotloop::optimizers {
 constexpr int BLOCK = 256, COLUMNS = 10, WARPS = UPDATE_THREADS / 32, EACH = BLOCK / 32;
 constexpr unsigned ALL = 0xffffffffu;
 
-enum : int { ADAMW, LION, SGD };
-enum : int { FP32, BF16, UINT8 };
+enum : int { ADAMW, LION, SGD };     // Rule of elementwise.h
+enum : int { FP32, BF16, UINT8 };  // Type
 
 // A warp's block: `begin` is its first element, `n` how many it has, `wide` whether it is whole and aligned.
 struct Place {
@@ -26,9 +26,16 @@ struct Place {
   __device__ int at(int j) const { return j / 4 * 128 + lane * 4 + j % 4; }
 };
 
+// Through __ldcs and __stcs, which name global memory and say that nobody reads it again soon: a plain access to an
+// address out of a table would be a generic one.
 template <class T>
-__device__ T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
+__device__ T load(int64_t address, int64_t i) {
+  return __ldcs(reinterpret_cast<const T*>(address) + i);
+}
+
+template <class T>
+__device__ void store(int64_t address, int64_t i, T x) {
+  __stcs(reinterpret_cast<T*>(address) + i, x);
 }
 
 __device__ float widened(uint16_t x) { return __uint_as_float(uint32_t(x) << 16); }
@@ -52,10 +59,10 @@ __device__ void read(float (&x)[EACH], int64_t address, int type, const Place& a
       const int64_t i = at.begin + half * 128 + at.lane * 4;
       float* out = x + 4 * half;
       if (type == FP32) {
-        const float4 v = *pointer<const float4>(address + 4 * i);
+        const float4 v = load<float4>(address + 4 * i, 0);
         out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
       } else {
-        const ushort4 v = *pointer<const ushort4>(address + 2 * i);
+        const ushort4 v = load<ushort4>(address + 2 * i, 0);
         out[0] = widened(v.x), out[1] = widened(v.y), out[2] = widened(v.z), out[3] = widened(v.w);
       }
     }
@@ -66,30 +73,30 @@ __device__ void read(float (&x)[EACH], int64_t address, int type, const Place& a
     const int64_t i = at.begin + at.at(j);
     const bool there = at.at(j) < at.n;
     if (type == FP32)
-      x[j] = there ? pointer<const float>(address)[i] : 0.0f;
+      x[j] = there ? load<float>(address, i) : 0.0f;
     else
-      x[j] = there ? widened(pointer<const uint16_t>(address)[i]) : 0.0f;
+      x[j] = there ? widened(load<uint16_t>(address, i)) : 0.0f;
   }
 }
 
 __device__ void write32(const float (&x)[EACH], int64_t address, const Place& at) {
 #pragma unroll
   for (int half = 0; half < 2 && at.wide; ++half)
-    *pointer<float4>(address + 4 * (at.begin + half * 128 + at.lane * 4)) =
-        make_float4(x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]);
+    store(address + 4 * (at.begin + half * 128 + at.lane * 4), 0,
+          make_float4(x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]));
 #pragma unroll
   for (int j = 0; j < EACH; ++j)
-    if (!at.wide && at.at(j) < at.n) pointer<float>(address)[at.begin + at.at(j)] = x[j];
+    if (!at.wide && at.at(j) < at.n) store(address, at.begin + at.at(j), x[j]);
 }
 
 __device__ void write16(const uint16_t (&x)[EACH], int64_t address, const Place& at) {
 #pragma unroll
   for (int half = 0; half < 2 && at.wide; ++half)
-    *pointer<ushort4>(address + 2 * (at.begin + half * 128 + at.lane * 4)) =
-        make_ushort4(x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]);
+    store(address + 2 * (at.begin + half * 128 + at.lane * 4), 0,
+          make_ushort4(x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]));
 #pragma unroll
   for (int j = 0; j < EACH; ++j)
-    if (!at.wide && at.at(j) < at.n) pointer<uint16_t>(address)[at.begin + at.at(j)] = x[j];
+    if (!at.wide && at.at(j) < at.n) store(address, at.begin + at.at(j), x[j]);
 }
 
 // Random bits: kernels/optimizers/philox.py.
@@ -169,12 +176,12 @@ __device__ void read_codes(float (&x)[EACH], int64_t address, float scale, bool 
   uint32_t codes[EACH];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uchar4 v = at.wide ? *pointer<const uchar4>(address + at.begin + half * 128 + at.lane * 4) : uchar4{};
+    const uchar4 v = at.wide ? load<uchar4>(address + at.begin + half * 128 + at.lane * 4, 0) : uchar4{};
     codes[4 * half] = v.x, codes[4 * half + 1] = v.y, codes[4 * half + 2] = v.z, codes[4 * half + 3] = v.w;
   }
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
-    if (!at.wide && at.at(j) < at.n) codes[j] = pointer<const uint8_t>(address)[at.begin + at.at(j)];
+    if (!at.wide && at.at(j) < at.n) codes[j] = load<uint8_t>(address, at.begin + at.at(j));
     x[j] = dequantised(codes[j], scale, is_unsigned);
   }
 }
@@ -210,12 +217,12 @@ __device__ void write_codes(const float (&x)[EACH], int64_t address, int64_t sca
   for (int j = 0; j < EACH; ++j) codes[j] = code_of(x[j], reciprocal, is_unsigned, is_stochastic, noise[j]);
 #pragma unroll
   for (int half = 0; half < 2 && at.wide; ++half)
-    *pointer<uchar4>(address + at.begin + half * 128 + at.lane * 4) =
-        make_uchar4(codes[4 * half], codes[4 * half + 1], codes[4 * half + 2], codes[4 * half + 3]);
+    store(address + at.begin + half * 128 + at.lane * 4, 0,
+          make_uchar4(codes[4 * half], codes[4 * half + 1], codes[4 * half + 2], codes[4 * half + 3]));
 #pragma unroll
   for (int j = 0; j < EACH; ++j)
-    if (!at.wide && at.at(j) < at.n) pointer<uint8_t>(address)[at.begin + at.at(j)] = codes[j];
-  if (at.lane == 0) *pointer<float>(scale_address) = scale;
+    if (!at.wide && at.at(j) < at.n) store(address, at.begin + at.at(j), codes[j]);
+  if (at.lane == 0) store(scale_address, 0, scale);
 }
 
 // Rules
@@ -245,30 +252,48 @@ __device__ void sgd(float& p, float g, float& b, bool has_momentum, bool nestero
 
 // Update
 
-__device__ void read_moment(float (&x)[EACH], const int64_t* tensor, int k, int64_t block, const Options& o,
+// Moment k of the rule; CODES: 8-bit.
+template <int RULE, bool CODES, int K>
+__device__ void read_moment(float (&x)[EACH], const int64_t (&tensor)[COLUMNS], int64_t block, const Options& o,
                             const Place& at) {
-  if (o.moment == UINT8)
-    read_codes(x, tensor[3 + k], pointer<const float>(tensor[5 + k])[block], o.rule == ADAMW && k == 1, at);
+  if constexpr (CODES)
+    read_codes(x, tensor[3 + K], __ldcs(reinterpret_cast<const float*>(tensor[5 + K]) + block), RULE == ADAMW && K == 1,
+               at);
   else
-    read(x, tensor[3 + k], o.moment, at);
+    read(x, tensor[3 + K], o.moment, at);
 }
 
-__device__ void write_rounded(const float (&x)[EACH], int64_t address, int type, bool is_stochastic,
-                              const uint32_t (&noise)[EACH], const Place& at) {
+template <bool STOCHASTIC>
+__device__ void write_rounded(const float (&x)[EACH], int64_t address, int type, const uint32_t (&noise)[EACH],
+                              const Place& at) {
   if (type == FP32) return write32(x, address, at);
   uint16_t narrow[EACH];
 #pragma unroll
-  for (int j = 0; j < EACH; ++j) narrow[j] = is_stochastic ? stochastic(x[j], noise[j]) : nearest(x[j]);
+  for (int j = 0; j < EACH; ++j) narrow[j] = STOCHASTIC ? stochastic(x[j], noise[j]) : nearest(x[j]);
   write16(narrow, address, at);
 }
 
+template <int RULE, bool CODES, bool STOCHASTIC, int K>
+__device__ void write_moment(const float (&x)[EACH], const int64_t (&tensor)[COLUMNS], int64_t block, int64_t start,
+                             uint32_t step, const Options& o, const Place& at) {
+  uint32_t noise[EACH] = {};
+  if (STOCHASTIC && o.moment != FP32) draw(noise, start, o, step, K + 1, at);
+  if constexpr (CODES)
+    write_codes(x, tensor[3 + K], tensor[5 + K] + 4 * block, RULE == ADAMW && K == 1, STOCHASTIC, noise, at);
+  else
+    write_rounded<STOCHASTIC>(x, tensor[3 + K], o.moment, noise, at);
+}
+
+template <int RULE, bool CODES, bool STOCHASTIC>
 __global__ void __launch_bounds__(UPDATE_THREADS)
     update(const int64_t* table, const int64_t* chunks, const float* scalar_pointer, const float* factor_pointer,
            const float* skip, const float* step_pointer, const Options o) {
   if (*skip != 0) return;
-  constexpr int PARTS = BLOCKS_OF_A_CHUNK / WARPS;
+  constexpr int PARTS = BLOCKS_OF_A_CHUNK / WARPS, SCALARS = RULE == ADAMW ? 3 : RULE == LION ? 2 : 1;
   const int64_t* chunk = chunks + 2 * (blockIdx.x / PARTS);
-  const int64_t* tensor = table + COLUMNS * chunk[0];
+  int64_t tensor[COLUMNS];  // read once: stores might otherwise seem to change it
+#pragma unroll
+  for (int i = 0; i < COLUMNS; ++i) tensor[i] = __ldg(table + COLUMNS * chunk[0] + i);
   const int64_t block = chunk[1] + blockIdx.x % PARTS * WARPS + threadIdx.x / 32;
   const int64_t numel = tensor[7], row = tensor[8], per_row = (row + BLOCK - 1) / BLOCK;
   if (block >= numel / row * per_row) return;
@@ -283,46 +308,38 @@ __global__ void __launch_bounds__(UPDATE_THREADS)
   const int64_t start = tensor[9] + at.begin;
   const uint32_t step = uint32_t(*step_pointer);
   const float factor = o.maximize ? -*factor_pointer : *factor_pointer;
-  float scalars[3];
-  for (int i = 0; i < 3; ++i) scalars[i] = i < o.n_scalars ? scalar_pointer[i] : 0.0f;
+  float scalars[3] = {};
+#pragma unroll
+  for (int i = 0; i < SCALARS; ++i) scalars[i] = scalar_pointer[i];
 
   const bool has_master = tensor[1] != 0;
   float p[EACH], g[EACH], m[EACH] = {}, v[EACH] = {};
   read(g, tensor[2], o.grad, at);
-  if (has_master)
-    read(p, tensor[1], FP32, at);
-  else
-    read(p, tensor[0], o.param, at);
-  if (o.n_moments > 0) read_moment(m, tensor, 0, block, o, at);
-  if (o.n_moments > 1) read_moment(v, tensor, 1, block, o, at);
+  read(p, has_master ? tensor[1] : tensor[0], has_master ? FP32 : o.param, at);
+  if (o.n_moments > 0) read_moment<RULE, CODES, 0>(m, tensor, block, o, at);
+  if constexpr (RULE == ADAMW) read_moment<RULE, CODES, 1>(v, tensor, block, o, at);
 
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
     const float gradient = g[j] * factor;
-    if (o.rule == ADAMW)
+    if constexpr (RULE == ADAMW)
       adamw(p[j], gradient, m[j], v[j], scalars, o.constants);
-    else if (o.rule == LION)
+    else if constexpr (RULE == LION)
       lion(p[j], gradient, m[j], scalars, o.constants);
     else
       sgd(p[j], gradient, m[j], o.n_moments > 0, o.nesterov, scalars, o.constants);
   }
 
+  if (o.n_moments > 0) write_moment<RULE, CODES, STOCHASTIC, 0>(m, tensor, block, start, step, o, at);
+  if constexpr (RULE == ADAMW) write_moment<RULE, CODES, STOCHASTIC, 1>(v, tensor, block, start, step, o, at);
   uint32_t noise[EACH] = {};
-#pragma unroll 1
-  for (int k = 0; k < o.n_moments; ++k) {
-    if (o.stochastic && o.moment != FP32) draw(noise, start, o, step, k + 1, at);
-    float x[EACH];
-#pragma unroll
-    for (int j = 0; j < EACH; ++j) x[j] = k == 0 ? m[j] : v[j];
-    if (o.moment == UINT8)
-      write_codes(x, tensor[3 + k], tensor[5 + k] + 4 * block, o.rule == ADAMW && k == 1, o.stochastic, noise, at);
-    else
-      write_rounded(x, tensor[3 + k], o.moment, o.stochastic, noise, at);
+  if (has_master) {
+    write32(p, tensor[1], at);
+    write_rounded<false>(p, tensor[0], o.param, noise, at);
+  } else {
+    if (STOCHASTIC && o.param != FP32) draw(noise, start, o, step, 0, at);
+    write_rounded<STOCHASTIC>(p, tensor[0], o.param, noise, at);
   }
-  if (has_master) write32(p, tensor[1], at);
-  const bool is_stochastic = o.stochastic && !has_master;
-  if (is_stochastic && o.param != FP32) draw(noise, start, o, step, 0, at);
-  write_rounded(p, tensor[0], o.param, is_stochastic, noise, at);
 }
 
 // Sum of squares, in the order of `sum_of_squares` in reference.py.
@@ -337,10 +354,10 @@ __device__ double chunk_sum(int64_t address, int type, int64_t begin, int64_t co
     const int64_t i = run * 4096 + line * 64 + column;
     float x[4];
     if (wide && type == FP32) {
-      const float4 v = *pointer<const float4>(address + 4 * (begin + i));
+      const float4 v = load<float4>(address + 4 * (begin + i), 0);
       x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     } else if (wide) {
-      const ushort4 v = *pointer<const ushort4>(address + 2 * (begin + i));
+      const ushort4 v = load<ushort4>(address + 2 * (begin + i), 0);
       x[0] = widened(v.x), x[1] = widened(v.y), x[2] = widened(v.z), x[3] = widened(v.w);
     } else {
 #pragma unroll
@@ -348,9 +365,9 @@ __device__ double chunk_sum(int64_t address, int type, int64_t begin, int64_t co
         if (i + k >= count)
           x[k] = 0.0f;
         else if (type == FP32)
-          x[k] = pointer<const float>(address)[begin + i + k];
+          x[k] = load<float>(address, begin + i + k);
         else
-          x[k] = widened(pointer<const uint16_t>(address)[begin + i + k]);
+          x[k] = widened(load<uint16_t>(address, begin + i + k));
       }
     }
 #pragma unroll
@@ -402,9 +419,15 @@ void check(cudaError_t error) {
 }  // namespace
 
 void launch_update(const int64_t* table, const int64_t* chunks, int grid, const float* scalars, const float* factor,
-                   const float* skip, const float* step, const Options& options, void* stream) {
-  update<<<grid, UPDATE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(table, chunks, scalars, factor, skip, step,
-                                                                        options);
+                   const float* skip, const float* step, const Options& o, void* stream) {
+  using Kernel = void (*)(const int64_t*, const int64_t*, const float*, const float*, const float*, const float*, Options);
+  static const Kernel kernels[3][2][2] = {
+      {{update<ADAMW, 0, 0>, update<ADAMW, 0, 1>}, {update<ADAMW, 1, 0>, update<ADAMW, 1, 1>}},
+      {{update<LION, 0, 0>, update<LION, 0, 1>}, {update<LION, 1, 0>, update<LION, 1, 1>}},
+      {{update<SGD, 0, 0>, update<SGD, 0, 1>}, {update<SGD, 1, 0>, update<SGD, 1, 1>}},
+  };
+  const Kernel kernel = kernels[o.rule][o.n_moments > 0 && o.moment == UINT8][o.stochastic != 0];
+  kernel<<<grid, UPDATE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(table, chunks, scalars, factor, skip, step, o);
   check(cudaGetLastError());
 }
 

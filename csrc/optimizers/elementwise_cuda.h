@@ -11,7 +11,7 @@ constexpr int UPDATE_THREADS = 256, SUM_THREADS = 256;
 // kernels/optimizers/cuda.py packs it.
 struct Options {
   int32_t rule, param, grad, moment;  // Rule and Type of elementwise.h
-  int32_t n_moments, n_scalars, stochastic, maximize, nesterov;
+  int32_t n_moments, stochastic, maximize, nesterov;
   float constants[5];  // as those of Update in elementwise.h
   uint64_t seed;
 };

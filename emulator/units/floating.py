@@ -6,14 +6,14 @@ float64 and rounded once: hardware differs from that by a few units in the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hotloop.emulator import numeric
 from hotloop.emulator.generator import Emitter, Generator
 from hotloop.emulator.syntax import Instruction, Operand
-from hotloop.emulator.types import FLOAT, PRED, Array, Type
+from hotloop.emulator.types import F32, FLOAT, PRED, Array, Type
 from hotloop.emulator.units import integer
 
 HALVES = {"f16x2": Type("f", 16), "bf16x2": Type("bf", 16), "f32x2": Type("f", 32)}
@@ -129,16 +129,24 @@ def pack_f32(lo: Array, hi: Array) -> Array:
 
 def arithmetic(g: Generator, i: Instruction, formula: Callable[[list[str], Type], str]) -> list[str]:
     """Emit `formula` on the operands, once, or on each half of packed ones."""
-    if len({(t.kind, t.bits) for t in i.types}) > 1:
-        raise i.unsupported("mixed types are not emulated here")
-    t = i.type
     d, *sources = i.operands
+    if len({(t.kind, t.bits) for t in i.types}) > 1:
+        return g.assign(i, [(d, formula(widened(g, i, sources), F32), F32)])
+    t = i.type
     if not t.is_packed:
         return g.assign(i, [(d, formula([g.value(o, t) for o in sources], t), t)])
     split = [halves(g, o, t) for o in sources]
     pattern, half = split[0][1], split[0][2]
     results = [formula([parts[j] for parts, _, _ in split], half) for j in (0, 1)]
     return g.assign(i, [(d, pattern.format(*results), Type("b", t.bits))])
+
+
+def widened(g: Generator, i: Instruction, sources: Sequence[Operand]) -> list[str]:
+    """add, sub and fma of .f32.f16 or .f32.bf16 (sm_100): all operands but the last are narrow, and widened first."""
+    if i.opcode not in ("add", "sub", "fma") or i.types[0] != F32 or i.type.bits != 16 or not i.type.is_float:
+        raise i.unsupported("mixed types are not emulated here")
+    *narrow, last = sources
+    return [*(f"{g.value(o, i.type)}.astype(F32)" for o in narrow), g.value(last, F32)]
 
 
 def _finish(g: Generator, i: Instruction, t: Type, expression: str) -> str:

@@ -184,8 +184,39 @@ def clamp_signed(x: Array, bits: int) -> Array:
     return np.clip(x, info.min, info.max).astype(SINT[bits])
 
 
+def add_pairs(a: Array, b: Array, signed: bool) -> Array:
+    return _as_pairs(np.add, a, b, signed)
+
+
+def smaller_of_pairs(a: Array, b: Array, signed: bool) -> Array:
+    return _as_pairs(np.minimum, a, b, signed)
+
+
+def larger_of_pairs(a: Array, b: Array, signed: bool) -> Array:
+    return _as_pairs(np.maximum, a, b, signed)
+
+
+def _as_pairs(function: np.ufunc, a: Array, b: Array, signed: bool) -> Array:
+    half = np.int16 if signed else np.uint16
+    found: Array = function(np.ascontiguousarray(a).view(half), np.ascontiguousarray(b).view(half))
+    return found.view(np.uint32)
+
+
 # ---------------------------------------------------------------------- emitters
+def pairs(g: Generator, i: Instruction) -> list[str]:
+    """add, min and max of two 16-bit integers in each register (sm_90)."""
+    if i.has("sat", "relu"):
+        raise i.unsupported("saturation and .relu of pairs are not emulated")
+    function = {"add": add_pairs, "min": smaller_of_pairs, "max": larger_of_pairs}.get(i.opcode)
+    if function is None:
+        raise i.unsupported()
+    d, a, b = i.operands
+    return g.assign(i, [(d, f"{g.use(function)}({g.wide(a, U32)}, {g.wide(b, U32)}, {i.has('s16x2')})", U32)])
+
+
 def add_or_subtract(g: Generator, i: Instruction) -> list[str]:
+    if i.has("u16x2", "s16x2"):
+        return pairs(g, i)
     t, sign = i.type, "+" if i.opcode == "add" else "-"
     d, a, b = i.operands
     if i.has("cc"):
@@ -251,6 +282,8 @@ def quotient(g: Generator, i: Instruction) -> list[str]:
 
 
 def extremum(g: Generator, i: Instruction) -> list[str]:
+    if i.has("u16x2", "s16x2"):
+        return pairs(g, i)
     function = "np.minimum" if i.opcode == "min" else "np.maximum"
     d, a, b = i.operands
     expression = f"{function}({g.value(a, i.type)}, {g.value(b, i.type)})"

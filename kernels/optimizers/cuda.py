@@ -20,7 +20,7 @@ from hotloop.kernels.optimizers.update import Update
 # As in csrc/optimizers/elementwise_cuda.h.
 UPDATE_THREADS = SUM_THREADS = 256
 _BLOCKS_OF_A_CHUNK = 256
-_OPTIONS = struct.Struct("<9i5fQ")
+_OPTIONS = struct.Struct("<8i5f4xQ")
 _RULES = {"adamw": 0, "lion": 1, "sgd": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
@@ -32,7 +32,7 @@ def _supports_device(device: torch.device) -> str | None:
     if extension is None:
         return "hotloop.kernels._C is missing: install a C++ compiler, then hotloop again"
     if not extension.cuda_architectures():
-        return "hotloop.kernels._C was built without CUDA: install hotloop again where nvcc is, with HOTLOOP_BUILD_CUDA=all"
+        return "hotloop.kernels._C has no CUDA code: install hotloop again where nvcc is, with HOTLOOP_BUILD_CUDA=all"
     return None
 
 
@@ -124,7 +124,6 @@ def update_launch(
         _TYPES[grads[0].dtype],
         _TYPES[update.moments[0][0].dtype] if update.moments else 0,
         len(update.moments),
-        len(scalars),
         update.stochastic,
         update.group["maximize"],
         update.group.get("nesterov", False),

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +162,8 @@ def move_momentum(update: Update, indices: list[int], x: Tensor, factor: Tensor,
     buffers = [k.read() for k in codes] or [update.moments[0][i] for i in indices]
     group, (rows, columns) = update.group, grads[0].shape
     momentum_kernel[grid(grads)](
-        kept(update, "grads", indices, tables.addresses(grads)), kept(update, "buffers", indices, tables.addresses(buffers)),
+        kept(update, "grads", indices, tables.addresses(grads)),
+        kept(update, "buffers", indices, tables.addresses(buffers)),
         kept(update, "starts", indices, [update.starts[i] for i in indices]), x, factor, skip, update.step, update.seed,
         rows, columns, group["momentum"], MAXIMIZE=group["maximize"], NESTEROV=group["nesterov"],
         STOCHASTIC=update.stochastic, TRANSPOSED=x.shape[1:] != grads[0].shape, GRAD_DTYPE=triton_dtype(grads[0]),
@@ -184,7 +184,8 @@ def write_params(update: Update, indices: list[int], x: Tensor, skip: Tensor) ->
     rates = torch.stack([decay, lr * lr_scale(update, indices[0])]).float()
     rows, columns = dense[0].shape
     update_kernel[grid(dense)](
-        kept(update, "targets", indices, tables.addresses(targets)), kept(update, "params", indices, tables.addresses(dense)),
+        kept(update, "targets", indices, tables.addresses(targets)),
+        kept(update, "params", indices, tables.addresses(dense)),
         kept(update, "starts", indices, [update.starts[i] for i in indices]), x, rates, skip, update.step, update.seed,
         rows, columns, HAS_MASTER=update.masters is not None, STOCHASTIC=update.stochastic,
         TRANSPOSED=x.shape[1:] != dense[0].shape, TARGET_DTYPE=triton_dtype(targets[0]),

@@ -40,9 +40,7 @@ def write(address, offsets, mask, x, FAST: tl.constexpr):
 def words_of(call, seed, step, stream: tl.constexpr):
     """Philox's four words for each call, see philox.py."""
     zero = tl.zeros_like(call).to(tl.uint32)
-    return tl.philox(
-        seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream
-    )
+    return tl.philox(seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream)
 
 
 @triton.jit
@@ -110,10 +108,8 @@ def quantised(x, mask, noise, UNSIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, 
     z = tl.minimum((z * 43) >> 7, top)
     v = u * power_of_two(3 * z)
     t = tl.where(z == top, v + 1.0, (v + 0.75) * 1.1428571939468384 * power_of_two(top - z))
-    if STOCHASTIC:
-        t = t + noise.to(tl.float32) * 1.52587890625e-05
-    else:
-        t = (t + 8388608.0) - 8388608.0  # t is in [1, 256]: this rounds to the nearest even integer
+    # t is in [1, 256]: adding and taking away 2^23 rounds to the nearest even integer, cutting rounds down.
+    t = t + noise.to(tl.float32) * 1.52587890625e-05 if STOCHASTIC else (t + 8388608.0) - 8388608.0
     code = tl.minimum(t.to(tl.int32) - 1, largest)
     if UNSIGNED:
         code = tl.where((code == 0) & (bits > 0), 1, code)
@@ -226,10 +222,9 @@ def update_blocks(
         m = read_moment(tensor, 0, offsets, mask, block, there, MOMENT_DTYPE, False, FAST)
         p, m = lion(p, g, m, scalars, c0, c1, c2, c3)
     else:
+        m = g  # not used without momentum
         if HAS_MOMENTUM:
             m = read_moment(tensor, 0, offsets, mask, block, there, MOMENT_DTYPE, False, FAST)
-        else:
-            m = g
         p, m = sgd(p, g, m, scalars, c0, c1, HAS_MOMENTUM, NESTEROV)
     if HAS_MOMENTUM:
         write_moment(
@@ -240,7 +235,7 @@ def update_blocks(
         write(master, offsets, mask, p, FAST)
         write(param, offsets, mask, p.to(PARAM_DTYPE), FAST)
     else:
-        if STOCHASTIC and PARAM_DTYPE == tl.bfloat16:
+        if STOCHASTIC and tl.bfloat16 == PARAM_DTYPE:
             noise = random_bits(offsets, start, seed, step, 0, BLOCKS, FAST)
         else:
             noise = 0
@@ -318,9 +313,9 @@ def halved(x, ROWS: tl.constexpr, N: tl.constexpr):
 def chunk_sum(address, begin, count, dtype: tl.constexpr, FAST: tl.constexpr):
     """Sum of squares of `count` elements, as `chunk_sums` of reference.py: (1, 1) fp64."""
     run = (tl.arange(0, 16) * 4096)[:, None]
-    lane = tl.arange(0, 64)[None, :]
+    lane = tl.arange(64)[None, :]
     total = tl.zeros((16, 64), tl.float64)
-    for line in range(0, 64):
+    for line in range(64):
         offsets = run + line * 64 + lane
         x = read(address, begin + offsets, offsets < count, dtype, FAST).to(tl.float32).to(tl.float64)
         total += x * x  # exact, so that contraction could change no bit

@@ -254,6 +254,28 @@ def test_half_precision(fmt, opcode, packed):
     np.testing.assert_array_equal(half_values(got, fmt), want)
 
 
+@pytest.mark.parametrize("fmt", ["f16", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("opcode", ["add", "sub", "fma"])
+def test_narrow_operands_of_f32_arithmetic(opcode, mode, fmt):
+    """add, sub and fma widen all operands but the last, exactly."""
+    dtype = torch.float16 if fmt == "f16" else torch.bfloat16
+    x, y = (torch.from_numpy(numbers(96, seed)).to(dtype) for seed in (3, 4))
+    z = numbers(96, 5)
+    given = [t.view(torch.int16).numpy().view(np.uint16) for t in (x, y)]
+    if opcode == "fma":
+        found = evaluate(
+            f"fma.{mode}.f32.{fmt} %d, %a0, %a1, %a2;", [*given, z], "f32", into=np.float32, target="sm_100"
+        )
+    else:
+        code = f"{opcode}.{mode}.f32.{fmt} %d, %a0, %a1;"
+        found = evaluate(code, [given[0], z], "f32", into=np.float32, target="sm_100")
+    for a, b, c, got in zip(x.double().tolist(), y.double().tolist(), z.tolist(), found.tolist(), strict=True):
+        a, b, c = Fraction(a), Fraction(b), Fraction(c)
+        exact = {"add": a + c, "sub": a - c, "fma": a * b + c}[opcode]
+        assert got == rounded(exact, "f32", mode)
+
+
 def test_pairs_of_f32():
     x, y = X[:64].view(np.uint64), Z[:64].view(np.uint64)
     got = evaluate("fma.rn.f32x2 %d, %a0, %a1, %a1;", [x, y], "b64", into=np.uint64, target="sm_100").view(np.float32)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from fragments import evaluate
 
+from hotloop.emulator import UnsupportedPTX
+
 EDGES = [
     0,
     1,
@@ -287,3 +289,24 @@ def test_sixteen_bits():
         evaluate("mul.hi.s16 %d, %a0, %a1;", [a, b], "b16", into=np.int16),
         ((a.view(np.int16).astype(np.int32) * b.view(np.int16).astype(np.int32)) >> 16).astype(np.int16),
     )
+
+
+@pytest.mark.parametrize("kind", ["u16x2", "s16x2"])
+@pytest.mark.parametrize(("opcode", "function"), [("add", lambda a, b: a + b), ("min", min), ("max", max)])
+def test_pairs_of_16_bits(opcode, function, kind):
+    found = evaluate(f"{opcode}.{kind} %d, %a0, %a1;", [A, C], target="sm_90")
+
+    def half(x: int, at: int) -> int:
+        x = x >> at & 0xFFFF
+        return signed(x, 16) if kind == "s16x2" else x
+
+    expected = [
+        sum((function(half(a, at), half(b, at)) & 0xFFFF) << at for at in (0, 16))
+        for a, b in zip(A.tolist(), C.tolist(), strict=True)
+    ]
+    assert found.tolist() == expected
+
+
+def test_saturated_pairs_are_refused():
+    with pytest.raises(UnsupportedPTX, match=r"saturation and \.relu of pairs"):
+        evaluate("add.sat.u16x2 %d, %a0, %a1;", [A, C], target="sm_90")
