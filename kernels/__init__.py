@@ -4,7 +4,7 @@
 |-----------------|--------------------------------------------------------------------------------------------|
 | `cross_entropy` | `cross_entropy`, `linear_cross_entropy`, `linear_cross_entropy_stats`, `LinearCrossEntropy` |
 | `attention`     | `attention`, `attention_varlen` and both `_with_lse`                                       |
-| `optimizers`    | `AdamW`                                                                                    |
+| `optimizers`    | `AdamW`, `Lion`, `SGD`, `Muon`                                                             |
 
 `hotloop.kernels.dispatch` chooses the backend of each call and explains the choice.
 """

@@ -26,9 +26,14 @@ from hotloop.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from hotloop.kernels.cross_entropy.linear import ONE_PASS, RECOMPUTE
 from hotloop.kernels.cross_entropy.op import CROSS_ENTROPY
 from hotloop.kernels.dispatch import BackendError, Table, forced_backend, use_backend
-from hotloop.kernels.optimizers import AdamW
+from hotloop.kernels.optimizers import SGD, AdamW, Lion, Muon
 from hotloop.kernels.optimizers.adamw import ADAMW
+from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers.lion import LION
+from hotloop.kernels.optimizers.muon import MUON
+from hotloop.kernels.optimizers.sgd import SGD_TABLE
 
+OPTIMIZERS = (ADAMW, LION, SGD_TABLE, MUON)
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
 Results = dict[str, Tensor]
@@ -81,10 +86,11 @@ def self_check(device: torch.device | str, dtypes: Sequence[torch.dtype] | None 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Outcome]:
     """One case under each backend of its table, in the table's order."""
-    if case.table is ADAMW and dtype == torch.float16:  # parameters are fp32 or bf16
+    if case.table in OPTIMIZERS and dtype == torch.float16:  # parameters are fp32 or bf16
         return
     truth = case.truth(dtype, torch.float64, torch.device("cpu"))
-    tolerance, forced = tolerance_of(dtype, device), forced_backend()
+    # Muon's products are in bf16 whatever the parameters are.
+    tolerance, forced = tolerance_of(torch.bfloat16 if case.table is MUON else dtype, device), forced_backend()
     chosen = None
     for backend in case.table.backends:
         error, detail = None, ""
@@ -227,47 +233,86 @@ def cross_entropy_options(rounded: torch.dtype, computed: torch.dtype, device: t
 
 # --- optimizers ---
 
+SHAPES, STEPS, CLIP = ((70, 33), (129,)), 3, 2.0
 ADAMW_OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-ADAMW_SHAPES, ADAMW_STEPS, ADAMW_CLIP = ((70, 33), (129,)), 3, 2.0
+SGD_OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+MUON_OPTIONS: dict[str, Any] = {"lr": 0.05, "ns_coefficients": (2.0, -1.5, 0.5)}  # converge: no error is amplified
 
 
-def adamw(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
-    """Clipped steps; parameters in bf16 keep an fp32 master."""
-    draw = Draw(rounded, computed, device, seed=6)
-    params = [draw.normal(*shape, grad=True) for shape in ADAMW_SHAPES]
-    master = None if computed == torch.float32 else "float32"
-    optimizer = AdamW(params, max_grad_norm=ADAMW_CLIP, master=master, **ADAMW_OPTIONS)
-    for _ in range(ADAMW_STEPS):
-        for p in params:
-            p.grad = draw.normal(*p.shape)
-        optimizer.step()
-    results = {"grad_norm": optimizer.grad_norm}
-    for i, p in enumerate(params):
-        state = optimizer.state[p]
-        results |= {f"param{i}": state["master"] if master else p, f"stored{i}": p}
-        results |= {f"exp_avg{i}": state["exp_avg"], f"exp_avg_sq{i}": state["exp_avg_sq"]}
-    return results
+def clipped_steps(kind: type[BaseOptimizer], shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any]) -> Run:
+    """Parameters in bf16 keep an fp32 master."""
+
+    def run(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
+        draw = Draw(rounded, computed, device, seed=6)
+        params = [draw.normal(*shape, grad=True) for shape in shapes]
+        master = None if computed == torch.float32 else "float32"
+        optimizer = kind(params, max_grad_norm=CLIP, master=master, **options)
+        for _ in range(STEPS):
+            for p in params:
+                p.grad = draw.normal(*p.shape)
+            optimizer.step()
+        results = {"grad_norm": optimizer.grad_norm}
+        for i, p in enumerate(params):
+            state = optimizer.state[p]
+            results |= {f"param{i}": state["master"] if master else p, f"stored{i}": p}
+            results |= {f"{name}{i}": state[name] for name in optimizer.moments}
+        return results
+
+    return run
 
 
-def adamw_formula(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
-    draw = Draw(rounded, computed, device, seed=6)
-    (beta1, beta2), lr, eps = ADAMW_OPTIONS["betas"], ADAMW_OPTIONS["lr"], ADAMW_OPTIONS["eps"]
-    params = [draw.normal(*shape) for shape in ADAMW_SHAPES]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
-    norm = torch.zeros((), dtype=computed)
-    for t in range(1, ADAMW_STEPS + 1):
-        grads = [draw.normal(*p.shape) for p in params]
-        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
-        for p, g, (m, v) in zip(params, grads, moments, strict=True):
-            g = g * (ADAMW_CLIP / (norm + 1e-6)).clamp_max(1.0)
-            m.mul_(beta1).add_((1 - beta1) * g)
-            v.mul_(beta2).add_((1 - beta2) * g * g)
-            update = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
-            p.mul_(1 - lr * ADAMW_OPTIONS["weight_decay"]).sub_(lr * update)
-    results = {"grad_norm": norm}
-    for i, (p, (m, v)) in enumerate(zip(params, moments, strict=True)):
-        results |= {f"param{i}": p, f"stored{i}": p, f"exp_avg{i}": m, f"exp_avg_sq{i}": v}
-    return results
+Formula = Callable[[Tensor, Tensor, list[Tensor], int], None]
+"""(p, g, moments, t): one step in place, in fp64"""
+
+
+def by_formula(step: Formula, moments: Sequence[str]) -> Run:
+    """What `clipped_steps` gives, by a formula written here."""
+
+    def truth(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
+        draw = Draw(rounded, computed, device, seed=6)
+        params = [draw.normal(*shape) for shape in SHAPES]
+        kept = [[torch.zeros_like(p) for _ in moments] for p in params]
+        norm = torch.zeros((), dtype=computed)
+        for t in range(1, STEPS + 1):
+            grads = [draw.normal(*p.shape) for p in params]
+            norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+            for p, g, own in zip(params, grads, kept, strict=True):
+                step(p, g * (CLIP / (norm + 1e-6)).clamp_max(1.0), own, t)
+        results = {"grad_norm": norm}
+        for i, (p, own) in enumerate(zip(params, kept, strict=True)):
+            results |= {f"param{i}": p, f"stored{i}": p}
+            results |= {f"{name}{i}": x for name, x in zip(moments, own, strict=True)}
+        return results
+
+    return truth
+
+
+def adamw_formula(p: Tensor, g: Tensor, moments: list[Tensor], t: int) -> None:
+    (m, v), (beta1, beta2), lr = moments, ADAMW_OPTIONS["betas"], ADAMW_OPTIONS["lr"]
+    m.mul_(beta1).add_((1 - beta1) * g)
+    v.mul_(beta2).add_((1 - beta2) * g * g)
+    update = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + ADAMW_OPTIONS["eps"])
+    p.mul_(1 - lr * ADAMW_OPTIONS["weight_decay"]).sub_(lr * update)
+
+
+def lion_formula(p: Tensor, g: Tensor, moments: list[Tensor], t: int) -> None:
+    (m,), (beta1, beta2), lr = moments, ADAMW_OPTIONS["betas"], ADAMW_OPTIONS["lr"]
+    p.mul_(1 - lr * ADAMW_OPTIONS["weight_decay"]).sub_(lr * (m * beta1 + g * (1 - beta1)).sign())
+    m.mul_(beta2).add_((1 - beta2) * g)
+
+
+def sgd_formula(p: Tensor, g: Tensor, moments: list[Tensor], t: int) -> None:
+    (b,), momentum = moments, SGD_OPTIONS["momentum"]
+    g = g + p * SGD_OPTIONS["weight_decay"]
+    b.mul_(momentum).add_(g)
+    p.sub_(SGD_OPTIONS["lr"] * (g + b * momentum))
+
+
+def muon_truth(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
+    """The reference takes fp32 and bf16, and computes in fp64."""
+    with use_backend("reference"):
+        results = clipped_steps(Muon, SHAPES[:1], MUON_OPTIONS)(rounded, rounded, device)
+        return {name: x.detach().double() for name, x in results.items()}
 
 
 def _by_reference(run: Run) -> Run:
@@ -289,5 +334,18 @@ CASES = (
     _case("linear_cross_entropy", "mean, ignored rows (one_pass)", ONE_PASS, mean_linear_cross_entropy),
     _case("linear_cross_entropy", "rows, bias, options (recompute)", RECOMPUTE, linear_cross_entropy_options),
     _case("cross_entropy", "rows, ignored rows, smoothing, z-loss", CROSS_ENTROPY, cross_entropy_options),
-    _case("AdamW", "clipped steps", ADAMW, adamw, adamw_formula),
-)
+    _case(
+        "AdamW", "clipped steps", ADAMW, clipped_steps(AdamW, SHAPES, ADAMW_OPTIONS),
+        by_formula(adamw_formula, AdamW.moments),
+    ),
+    _case(
+        "Lion", "clipped steps", LION,
+        clipped_steps(Lion, SHAPES, {k: v for k, v in ADAMW_OPTIONS.items() if k != "eps"}),
+        by_formula(lion_formula, Lion.moments),
+    ),
+    _case(
+        "SGD", "clipped steps, Nesterov", SGD_TABLE, clipped_steps(SGD, SHAPES, SGD_OPTIONS),
+        by_formula(sgd_formula, SGD.moments),
+    ),
+    _case("Muon", "clipped steps", MUON, clipped_steps(Muon, SHAPES[:1], MUON_OPTIONS), muon_truth),
+)  # fmt: skip

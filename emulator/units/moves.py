@@ -83,6 +83,15 @@ def select_by_sign(g: Generator, i: Instruction) -> list[str]:
     return g.assign(i, [(d, f"np.where({g.value(c, tc)} >= 0, {g.value(a, bits)}, {g.value(b, bits)})", bits)])
 
 
+def _index(operand: Operand) -> int:
+    return operand.index if isinstance(operand, Register) else -1
+
+
+def _with_taint(i: Instruction, lines: list[str], call: str) -> list[str]:
+    """The lines of `assign` with its last one, which spreads taint, replaced."""
+    return [*lines[:-1], f"if X.taint.any: X.taint.{call}{'M' if i.guard is None else 'P'})"]
+
+
 def move(g: Generator, i: Instruction) -> list[str]:
     d, a = i.operands
     t = i.type
@@ -97,14 +106,16 @@ def move(g: Generator, i: Instruction) -> list[str]:
             for j, o in enumerate(d.items)
             if not isinstance(o, Discard)
         ]
-        return g.assign(i, pieces)
+        parts = tuple(-1 if isinstance(o, Discard) else _index(o) for o in d.items)
+        return _with_taint(i, g.assign(i, pieces), f"unpack({parts}, {_index(a)}, ")
     if isinstance(a, Vector):
         width = t.bits // len(a.items)
         parts = [
             f"({g.value(o, Type('b', width))}.astype(U{t.bits}) << U{t.bits}({width * j}))"
             for j, o in enumerate(a.items)
         ]
-        return g.assign(i, [(d, " | ".join(parts), Type("u", t.bits))])
+        lines = g.assign(i, [(d, " | ".join(parts), Type("u", t.bits))])
+        return _with_taint(i, lines, f"pack({_index(d)}, {tuple(_index(o) for o in a.items)}, ")
     if isinstance(a, Immediate) and t.kind != "pred":
         assert isinstance(d, Register)
         home = Type("f" if g.float_home[d.index] else "b", t.bits)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
 from hotloop.kernels.optimizers import cpu, cuda, platform, reference, triton
-from hotloop.kernels.optimizers.base import BaseOptimizer, check_betas
+from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers.checks import check_betas
 
 ADAMW = Table(
     "adamw",

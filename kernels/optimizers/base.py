@@ -7,7 +7,6 @@ scalars, the factor that gradients are multiplied by and whether to skip.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -17,35 +16,18 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.dispatch import Backend, Table
-from hotloop.kernels.optimizers import cpu, cuda, platform, reference, sharding, triton
+from hotloop.kernels.optimizers import checks, clipping, sharding
 from hotloop.kernels.optimizers import state as states
 from hotloop.kernels.optimizers.philox import ELEMENTS_PER_CALL
 from hotloop.kernels.optimizers.quantised import SCALE_SUFFIX, UNSIGNED_MOMENTS
-from hotloop.kernels.optimizers.state import STATE_DTYPES
 from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-GRAD_NORM = Table(
-    "grad_norm",
-    Backend("cpu", cpu.supports_sum_of_squares, cpu.sum_of_squares),
-    Backend("torch", platform.supports_sum_of_squares, platform.sum_of_squares),
-    Backend("cuda", cuda.supports_sum_of_squares, cuda.sum_of_squares),
-    Backend("triton", triton.supports_sum_of_squares, triton.sum_of_squares),
-    Backend("reference", reference.supports_sum_of_squares, reference.sum_of_squares),
-)
-# As `torch.nn.utils.clip_grad_norm_` has it.
-CLIP_EPS = 1e-6
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
 # How things are stored is the choice of the optimizer that loads a state dictionary, not of the one that saved it.
 STORAGE_OPTIONS = ("state_dtype", "master", "rounding")
-
-
-def check_betas(betas: Any) -> None:
-    if len(betas) != 2 or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas):
-        raise ValueError(f"betas = {betas}: expected two numbers of at least 0 and below 1")
 
 
 class BaseOptimizer(torch.optim.Optimizer):
@@ -112,7 +94,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         for i, entry in enumerate(params):
             name, p = (repr(entry[0]), entry[1]) if isinstance(entry, tuple) else (None, entry)
             name = f"parameter {name or i} of group {len(self.param_groups)}"
-            self._check_parameter(name, p)
+            checks.check_parameter(name, p)
             if p in seen:
                 raise ValueError(f"{name} is the same tensor as {seen[p]}: give a tied parameter once")
             seen[p] = name
@@ -121,34 +103,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         self._number_elements()
 
-    def _check_parameter(self, name: str, p: Any) -> None:
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(p).__name__}")
-        if p.dtype not in PARAMETER_DTYPES:
-            raise TypeError(f"{name} is {p.dtype}: expected float32 or bfloat16")
-        if p.layout != torch.strided:
-            raise TypeError(f"{name} is a {type(p).__name__} of layout {p.layout}: expected a dense tensor")
-        misplaced = sharding.placement_error(p) if sharding.is_sharded(p) else None
-        if misplaced:
-            raise ValueError(f"{name} (shape {tuple(p.shape)}) {misplaced}")
-
     def _check_options(self, group: dict[str, Any]) -> None:
         """Raise on options that no step could use. A subclass adds its own."""
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            if lr.ndim != 0:
-                raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: expected a number or a 0-dim tensor")
-        elif not lr >= 0:
-            raise ValueError(f"lr = {lr}: must not be negative")
-        if not 0 <= group["weight_decay"] < math.inf:
-            raise ValueError(f"weight_decay = {group['weight_decay']}: expected a finite number, at least 0")
-        for name, allowed in (
-            ("state_dtype", tuple(STATE_DTYPES)),
-            ("master", (None, "float32")),
-            ("rounding", ("nearest", "stochastic")),
-        ):
-            if group[name] not in allowed:
-                raise ValueError(f"{name} = {group[name]!r}: expected one of {', '.join(map(repr, allowed))}")
+        checks.check_options(group)
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -278,7 +235,7 @@ class BaseOptimizer(torch.optim.Optimizer):
             assert grad is not None
             if grad.layout != torch.strided:
                 raise RuntimeError(f"{self._name(p)} has a {grad.layout} gradient: expected a dense one")
-            if grad.dtype not in PARAMETER_DTYPES:
+            if grad.dtype not in checks.DTYPES:
                 raise RuntimeError(f"{self._name(p)} has a {grad.dtype} gradient: expected float32 or bfloat16")
             if sharding.layout(grad) != sharding.layout(p):
                 raise RuntimeError(
@@ -327,7 +284,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         if self.grad_norm.device != device:  # the model was moved after the optimizer was made
             self.grad_norm, self.skipped_steps = self.grad_norm.to(device), self.skipped_steps.to(device)
         if self.check_finite or self.max_grad_norm is not None:
-            norm = self._sum_of_squares(params, device).sqrt()
+            norm = clipping.sum_of_squares(params, device, self._backends, self._tables).sqrt()
             norm = (norm if grad_scale is None else norm / grad_scale).float()
             skip = ~norm.isfinite()
             self.grad_norm.copy_(norm)
@@ -335,25 +292,11 @@ class BaseOptimizer(torch.optim.Optimizer):
             skip = skip | (found_inf.to(device, non_blocking=True) != 0)
         if self.max_grad_norm is not None:
             # A tensor over a tensor: PyTorch computes a number over a tensor as its product with the reciprocal.
-            factor = (torch.full_like(norm, self.max_grad_norm) / (norm + CLIP_EPS)).clamp(max=1.0)
+            factor = (torch.full_like(norm, self.max_grad_norm) / (norm + clipping.EPS)).clamp(max=1.0)
         if grad_scale is not None:
             factor = factor / grad_scale
         self.skipped_steps.add_(skip)
         return factor.float(), skip.float()
-
-    def _sum_of_squares(self, params: list[Tensor], device: torch.device) -> Tensor:
-        """Over all gradients and ranks, () fp64 on the device. Ranks sum their own rows, then add in their order."""
-        alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for p in params:
-            alike[p.device, sharding.ranks_of(p)].append(sharding.local(p.grad))
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for (place, ranks), grads in alike.items():
-            key = (GRAD_NORM.op, place)
-            if key not in self._backends:
-                self._backends[key] = GRAD_NORM.choose(grads)
-            squares = sharding.sum_over_ranks(self._backends[key].forward(grads, self._tables), ranks)
-            total = total + squares.to(device, non_blocking=True)
-        return total
 
     @property
     def backends(self) -> dict[str, str]:

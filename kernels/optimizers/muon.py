@@ -12,6 +12,7 @@ from hotloop.kernels.dispatch import Backend, Table
 from hotloop.kernels.optimizers import muon_cpu, muon_reference, muon_triton
 from hotloop.kernels.optimizers.adamw import ADAMW, AdamW
 from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers.checks import check_betas
 from hotloop.kernels.optimizers.muon_polynomials import KELLER_JORDAN, per_step
 from hotloop.kernels.optimizers.muon_rule import LR_SCALES
 
@@ -141,9 +142,8 @@ class Muon(BaseOptimizer):
         if not isinstance(group["use_muon"], bool):
             raise ValueError(f"use_muon = {group['use_muon']!r}: expected True or False")
         if not group["use_muon"]:
-            betas, eps = group["betas"], group["eps"]
-            if len(betas) != 2 or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas):
-                raise ValueError(f"betas = {betas}: expected two numbers of at least 0 and below 1")
+            check_betas(group["betas"])
+            eps = group["eps"]
             if not 0 <= eps < math.inf:
                 raise ValueError(f"eps = {eps}: expected a finite number, at least 0")
             return

@@ -30,7 +30,7 @@ from torch import Tensor
 from hotloop.kernels.optimizers.muon_polynomials import Triple, per_step
 from hotloop.kernels.optimizers.muon_rule import decay_and_lr, is_sharded, lr_scale, on_whole_matrices
 from hotloop.kernels.optimizers.philox import round_stochastic_
-from hotloop.kernels.optimizers.reference import _Kept
+from hotloop.kernels.optimizers.reference import Kept
 from hotloop.kernels.optimizers.update import Update
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def flops(x: Tensor, triples: Sequence[Triple]) -> int:
 def move_momentum(update: Update, i: int, multiplier: float) -> Tensor:
     """Moves the momentum of matrix i; returns the direction (R, C) bf16, of any scale, to be orthogonalised."""
     group = update.group
-    kept = _Kept(update, i, 0) if update.quantised else None
+    kept = Kept(update, i, 0) if update.quantised else None
     buffer = update.moments[0][i] if kept is None else kept.read()
     direction = torch.empty(buffer.shape, dtype=torch.bfloat16)
     for begin, (grad, stored, out) in strips(update.grads[i], buffer, direction):

@@ -41,28 +41,29 @@ def symmetric_product_kernel(
     """
     i, j = lower_tile(tl.program_id(0))
     n = tl.program_id(1).to(tl.int64)
-    X += n * M * K
-    OUT += n * M * M
-    rows = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    columns = (j * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    depth = tl.arange(0, BLOCK_K)
-    left = X + rows[:, None] * K + depth[None, :]
-    right = X + columns[None, :] * K + depth[:, None]
+    # Addresses: 64-bit for the tile, 32-bit within it, which halves the registers they take.
+    first, second = (i * BLOCK).to(tl.int64), (j * BLOCK).to(tl.int64)
+    left, right = X + (n * M + first) * K, X + (n * M + second) * K
+    lane, depth = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    across, down = lane[:, None] * K + depth[None, :], lane[None, :] * K + depth[:, None]
+    row_inside, column_inside = lane < M - i * BLOCK, lane < M - j * BLOCK
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k in range(0, K, BLOCK_K):
         inside = depth < K - k
-        x = tl.load(left + k, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
-        y = tl.load(right + k, mask=(columns < M)[None, :] & inside[:, None], other=0.0)
+        x = tl.load(left + k + across, mask=row_inside[:, None] & inside[None, :], other=0.0)
+        y = tl.load(right + k + down, mask=column_inside[None, :] & inside[:, None], other=0.0)
         sums = tl.dot(x, y, sums, input_precision="ieee")
     sums *= alpha
-    inside = (rows < M)[:, None] & (columns < M)[None, :]
+    inside = row_inside[:, None] & column_inside[None, :]
+    place = lane[:, None] * M + lane[None, :]
     if HAS_A:
-        a = tl.load(A + n * M * M + rows[:, None] * M + columns[None, :], mask=inside, other=0.0)
+        a = tl.load(A + (n * M + first) * M + second + place, mask=inside, other=0.0)
         sums += beta * a.to(tl.float32)
     tile = sums.to(OUT.dtype.element_ty)
-    tl.store(OUT + rows[:, None] * M + columns[None, :], tile, mask=inside)
+    tl.store(OUT + (n * M + first) * M + second + place, tile, mask=inside)
     if i != j:
-        tl.store(OUT + columns[:, None] * M + rows[None, :], tl.trans(tile), mask=tl.trans(inside))
+        mirrored = column_inside[:, None] & row_inside[None, :]
+        tl.store(OUT + (n * M + second) * M + first + place, tl.trans(tile), mask=mirrored)
 
 
 # Element-wise

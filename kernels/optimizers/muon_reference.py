@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hotloop.kernels.optimizers.muon_polynomials import Triple, per_step
 from hotloop.kernels.optimizers.muon_rule import decay_and_lr, is_sharded, lr_scale, on_whole_matrices
-from hotloop.kernels.optimizers.reference import _Kept, _store
+from hotloop.kernels.optimizers.reference import Kept, store
 from hotloop.kernels.optimizers.update import Update
 
 
@@ -31,14 +31,14 @@ def muon(update: Update, factor: Tensor, skip: Tensor) -> None:
     for i, (param, o) in enumerate(zip(update.params, done, strict=True)):
         master = param if update.masters is None else update.masters[i]
         p = master.double() * decay - lr * lr_scale(update, i) * o
-        _store(master, p.float(), skip, update, update.starts[i], stream=0)
+        store(master, p.float(), skip, update, update.starts[i], stream=0)
         if update.masters is not None:
             param.copy_(torch.where(skip != 0, param, master.to(param.dtype)))
 
 
 def move_momentum(update: Update, i: int, factor: Tensor, skip: Tensor) -> Tensor:
     """Moves the momentum of matrix i; returns the direction (R, C) fp64 that is to be orthogonalised."""
-    group, kept = update.group, _Kept(update, i, 0)
+    group, kept = update.group, Kept(update, i, 0)
     g = update.grads[i].double() * factor
     if group["maximize"]:
         g = -g

@@ -17,7 +17,7 @@ from torch import Tensor
 from hotloop.kernels.optimizers import tables
 from hotloop.kernels.optimizers.muon_polynomials import Triple, per_step
 from hotloop.kernels.optimizers.muon_rule import decay_and_lr, is_sharded, lr_scale, on_whole_matrices
-from hotloop.kernels.optimizers.reference import _Kept
+from hotloop.kernels.optimizers.reference import Kept
 from hotloop.kernels.optimizers.triton import triton_dtype
 from hotloop.kernels.optimizers.update import Update
 
@@ -48,11 +48,11 @@ class ProductConfig:
     num_stages: int
 
 
-def product_config(size: int, dtype: torch.dtype) -> ProductConfig:
-    """For matrices of `size` rows. Shared memory of the pipeline: 2 stages BLOCK BLOCK_K itemsize <= 96 KiB."""
+def product_config(size: int) -> ProductConfig:
+    """For matrices of `size` rows. A deeper BLOCK_K spills registers on sm_120."""
     if size <= 64:
         return ProductConfig(BLOCK=64, BLOCK_K=32, num_warps=4, num_stages=3)
-    return ProductConfig(BLOCK=128, BLOCK_K=128 // dtype.itemsize, num_warps=8, num_stages=3)
+    return ProductConfig(BLOCK=128, BLOCK_K=32, num_warps=8, num_stages=3)
 
 
 def supports(update: Update) -> str | None:
@@ -131,7 +131,7 @@ def symmetric_product(out: Tensor, x: Tensor, alpha: float = 1.0, beta: float = 
     from hotloop.kernels.optimizers.muon_kernels import symmetric_product_kernel
 
     count, rows, depth = x.shape
-    config = product_config(rows, x.dtype)
+    config = product_config(rows)
     tiles = -(-rows // config.BLOCK)
     symmetric_product_kernel[tiles * (tiles + 1) // 2, count](
         x, x, out, rows, depth, alpha, beta, HAS_A=beta != 0, BLOCK=config.BLOCK, BLOCK_K=config.BLOCK_K,
@@ -158,7 +158,7 @@ def move_momentum(update: Update, indices: list[int], x: Tensor, factor: Tensor,
     from hotloop.kernels.optimizers.muon_kernels import momentum_kernel
 
     grads = [update.grads[i].contiguous() for i in indices]
-    codes = [_Kept(update, i, 0) for i in indices] if update.quantised else []
+    codes = [Kept(update, i, 0) for i in indices] if update.quantised else []
     buffers = [k.read() for k in codes] or [update.moments[0][i] for i in indices]
     group, (rows, columns) = update.group, grads[0].shape
     momentum_kernel[grid(grads)](

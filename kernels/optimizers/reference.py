@@ -166,16 +166,16 @@ def _apply(rule: Callable[..., tuple[Tensor, ...]], update: Update, factor: Tens
         g = update.grads[i].float() * factor
         if update.group["maximize"]:
             g = -g
-        kept = [_Kept(update, i, k) for k in range(len(update.moments))]
+        kept = [Kept(update, i, k) for k in range(len(update.moments))]
         new, *moments = rule(master.float(), g, *[moment.read() for moment in kept])
-        _store(master, new, skip, update, update.starts[i], 0)
+        store(master, new, skip, update, update.starts[i], 0)
         for moment, x in zip(kept, moments, strict=True):
             moment.write(x, skip)
         if update.masters is not None:
             param.copy_(torch.where(skip != 0, param, master.to(param.dtype)))
 
 
-class _Kept:
+class Kept:
     """A moment of a parameter as it is stored: fp32, bf16, or codes with a scale."""
 
     def __init__(self, update: Update, i: int, moment: int):
@@ -191,7 +191,7 @@ class _Kept:
     def write(self, x: Tensor, skip: Tensor) -> None:
         update = self.update
         if self.scale is None:
-            _store(self.stored, x, skip, update, self.start, self.stream)
+            store(self.stored, x, skip, update, self.start, self.stream)
             return
         noise = None
         if update.stochastic:
@@ -202,7 +202,7 @@ class _Kept:
         self.scale.copy_(torch.where(skip != 0, self.scale, scale))
 
 
-def _store(stored: Tensor, new: Tensor, skip: Tensor, update: Update, start: int, stream: int) -> None:
+def store(stored: Tensor, new: Tensor, skip: Tensor, update: Update, start: int, stream: int) -> None:
     if stored.dtype == torch.bfloat16 and update.stochastic:
         rounded = torch.empty(new.numel(), dtype=torch.bfloat16, device=new.device)
         round_stochastic_(rounded, new.reshape(-1), start, seed=update.seed, step=update.step, stream=stream)

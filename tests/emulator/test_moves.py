@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fragments import evaluate
+from fragments import evaluate, kernel, launch
+
+from hotloop.emulator import ReportsError
 
 X = np.array([1, 2, 2, -1, np.nan, np.nan, 0.0, np.inf], np.float32)
 Y = np.array([2, 1, 2, -1, 1, np.nan, -0.0, np.inf], np.float32)
@@ -101,3 +103,18 @@ def test_generic_addresses_know_their_space():
     cvta.local.u64 %g, %l; isspacep.local %c, %g; @%c add.u32 %d, %d, 2;
     ld.param.b64 %g, [p0]; isspacep.global %c, %g; @%c add.u32 %d, %d, 4;"""
     np.testing.assert_array_equal(evaluate(code, [A]), np.full(5, 7))
+
+
+def test_an_undefined_half_leaves_the_other_one_defined():
+    """As compilers write it: what was packed beside undefined data is taken out again and stored."""
+    code = """ld.param.b64 %rd1, [p0]; mov.b16 %h1, 7; mov.b32 %r1, {%h1, %h2}; mov.b32 {%h3, %h4}, %r1;
+        cvt.u32.u16 %r2, %h{half}; st.global.b32 [%rd1], %r2;"""
+    out = np.zeros(1, np.int32)
+    launch(kernel(code.replace("{half}", "3"), ["u64"]), [out], 1)
+    assert out.tolist() == [7]
+    with pytest.raises(ReportsError, match="uninitialised"):
+        launch(kernel(code.replace("{half}", "4"), ["u64"]), [out], 1)
+    # Written again as a whole, both halves are defined; packed again under a guard, only where it holds.
+    again = code.replace("mov.b32 {%h3", "mov.b32 %r1, 9; mov.b32 {%h3").replace("{half}", "4")
+    launch(kernel(again, ["u64"]), [out], 1)
+    assert out.tolist() == [0]

@@ -25,7 +25,7 @@ from hotloop.kernels.cross_entropy.op import CROSS_ENTROPY
 from hotloop.kernels.dispatch import Backend, Table, use_backend
 from hotloop.kernels.optimizers import reference as optimizer_reference
 from hotloop.kernels.optimizers.adamw import ADAMW
-from hotloop.kernels.optimizers.base import GRAD_NORM
+from hotloop.kernels.optimizers.clipping import GRAD_NORM
 from hotloop.kernels.selfcheck import CASES, Draw, Outcome, check, self_check, worst
 
 CPU = torch.device("cpu")

@@ -186,7 +186,7 @@ SHARED_KB = {80: 163, 90: 227, 100: 227, 120: 99}
 def test_symmetric_product_compiles_for_tensor_cores_without_spills(arch: int, size: int, tmp_path: Path) -> None:
     """Both stores of a tile are 128 bits wide, the mirrored one too; it fits shared memory."""
     pytest.importorskip("triton", reason="needs triton")
-    config = muon_triton.product_config(size, torch.bfloat16)
+    config = muon_triton.product_config(size)
     binary = compiled(
         "symmetric_product_kernel", arch, {"HAS_A": True, "BLOCK": config.BLOCK, "BLOCK_K": config.BLOCK_K},
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -230,7 +230,7 @@ def test_products_cost_about_half_their_tiles() -> None:
     """Tiles launched over tiles of a full product: (T + 1) / 2 T, 0.58 for 768 rows, towards a half."""
     shares = {}
     for rows in (768, 1024, 2048, 8192):
-        tiles = -(-rows // muon_triton.product_config(rows, torch.bfloat16).BLOCK)
+        tiles = -(-rows // muon_triton.product_config(rows).BLOCK)
         shares[rows] = tiles * (tiles + 1) // 2 / tiles**2
     assert shares[768] == pytest.approx(21 / 36)
     assert shares[8192] < 0.51

@@ -47,13 +47,18 @@ SHAPES = [(7,), (9, 517), (4, 1280), (), (0, 5), (3, 131)]
 
 
 def prepared(
-    rule: str, precision: str, state_dtype: str, rounding: str, shapes: list[tuple[int, ...]] = SHAPES
+    rule: str,
+    precision: str,
+    state_dtype: str,
+    rounding: str,
+    shapes: list[tuple[int, ...]] = SHAPES,
+    device: str = "cpu",
 ) -> tuple[list[Tensor], list[Update]]:
     """All tensors and the updates of a second step. Gradients from denormal to large."""
     dtype, grad_dtype, master = PRECISIONS[precision]
     kind, options = RULES[rule]
     draw = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in shapes]
+    params = [nn.Parameter(torch.randn(shape, generator=draw).to(device, dtype)) for shape in shapes]
     optimizer = kind(
         params, lr=1e-2, master=master, state_dtype=state_dtype, rounding=rounding, seed=2**40 + 3, **options
     )
@@ -62,7 +67,7 @@ def prepared(
             if grad_dtype != dtype:
                 p.grad_dtype = grad_dtype
             exponent = torch.randint(-42 if step else -6, 3, p.shape, generator=draw)
-            p.grad = (torch.randn(p.shape, generator=draw) * 10.0**exponent).to(grad_dtype)
+            p.grad = (torch.randn(p.shape, generator=draw) * 10.0**exponent).to(device, grad_dtype)
         if not step:
             with use_backend("reference"):
                 optimizer.step()
@@ -174,6 +179,23 @@ def test_the_bits_of_the_reference(program, rule, case, target, schedule):
 def test_the_bits_of_the_reference_everywhere(program, rule, case):
     for target, schedule in itertools.product(PROGRAMS[program][1], SCHEDULES):
         check(program, rule, case, target, schedule)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("rule", "case"), EVERYTHING)
+def test_the_bits_of_the_reference_on_this_gpu(program, rule, case):
+    name = {"momentum": "sgd", "nesterov": "sgd"}.get(rule, rule)
+    results = []
+    for backend, device in ((reference, "cpu"), ({"triton": triton_backend, "cuda": cuda}[program], "cuda")):
+        found, updates = prepared(rule, *case, device=device)
+        with torch.no_grad():
+            for update in updates:
+                if backend is not reference and backend.supports(update) is not None:
+                    pytest.skip(str(backend.supports(update)))
+                getattr(backend, name)(update, torch.tensor(0.3, device=device), torch.tensor(0.0, device=device))
+        results.append([x.cpu() for x in found])
+    assert_same_bits(results[1], results[0])
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
