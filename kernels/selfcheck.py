@@ -28,7 +28,6 @@ from hotloop.kernels.cross_entropy.op import CROSS_ENTROPY
 from hotloop.kernels.dispatch import BackendError, Table, forced_backend, use_backend
 from hotloop.kernels.optimizers import SGD, AdamW, Lion, Muon
 from hotloop.kernels.optimizers.adamw import ADAMW
-from hotloop.kernels.optimizers.base import BaseOptimizer
 from hotloop.kernels.optimizers.lion import LION
 from hotloop.kernels.optimizers.muon import MUON
 from hotloop.kernels.optimizers.sgd import SGD_TABLE
@@ -239,7 +238,7 @@ SGD_OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "w
 MUON_OPTIONS: dict[str, Any] = {"lr": 0.05, "ns_coefficients": (2.0, -1.5, 0.5)}  # converge: no error is amplified
 
 
-def clipped_steps(kind: type[BaseOptimizer], shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any]) -> Run:
+def clipped_steps(kind: type[AdamW | Lion | SGD | Muon], shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any]) -> Run:
     """Parameters in bf16 keep an fp32 master."""
 
     def run(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:

@@ -106,8 +106,7 @@ def move(g: Generator, i: Instruction) -> list[str]:
             for j, o in enumerate(d.items)
             if not isinstance(o, Discard)
         ]
-        parts = tuple(-1 if isinstance(o, Discard) else _index(o) for o in d.items)
-        return _with_taint(i, g.assign(i, pieces), f"unpack({parts}, {_index(a)}, ")
+        return _with_taint(i, g.assign(i, pieces), f"unpack({tuple(map(_index, d.items))}, {_index(a)}, ")
     if isinstance(a, Vector):
         width = t.bits // len(a.items)
         parts = [
@@ -115,7 +114,7 @@ def move(g: Generator, i: Instruction) -> list[str]:
             for j, o in enumerate(a.items)
         ]
         lines = g.assign(i, [(d, " | ".join(parts), Type("u", t.bits))])
-        return _with_taint(i, lines, f"pack({_index(d)}, {tuple(_index(o) for o in a.items)}, ")
+        return _with_taint(i, lines, f"pack({_index(d)}, {tuple(map(_index, a.items))}, ")
     if isinstance(a, Immediate) and t.kind != "pred":
         assert isinstance(d, Register)
         home = Type("f" if g.float_home[d.index] else "b", t.bits)

@@ -1,4 +1,4 @@
-"""Muon's Triton kernels in the emulator: bf16 on tensor cores, where the interpreter is wrong; counted work; budgets."""
+"""Muon's Triton kernels in the emulator: bf16 on tensor cores, where the interpreter is wrong; work; budgets."""
 
 import itertools
 import json
