@@ -49,6 +49,7 @@ def cuda_architectures():
 
 class BuildExt(build_ext):
     def build_extension(self, extension):
+        self.force = True  # HOTLOOP_BUILD_CUDA may have changed, which no time stamp tells
         architectures = cuda_architectures()
         if architectures:
             nvcc = find_nvcc()
