@@ -205,18 +205,23 @@ def test_cross_entropy_cases(monkeypatch, dtype, mode):
     assert "torch rows first" in all_pass(bench_cross_entropy.linear_case(200, dtype, mode, 0.15, True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_cases(monkeypatch, dtype):
+OPTIMIZERS = list(bench_optimizers.kinds())
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS, ids=[f"{k.name}-{i}" for i, k in enumerate(OPTIMIZERS)])
+def test_optimizer_cases(monkeypatch, kind):
     small = bench_optimizers.PlainGPT
-    monkeypatch.setattr(bench_optimizers, "PlainGPT", lambda vocab, **_: small(vocab, 8, 1, 16, 2))
-    found = all_pass(bench_optimizers.case_of(40, dtype, True))
-    assert {"hotloop torch", "hotloop reference"} <= set(found)
+    monkeypatch.setattr(bench_optimizers, "PlainGPT", lambda vocab, **_: small(vocab, 64, 2, 64, 2))
+    monkeypatch.setattr(bench_optimizers, "eight_bit", lambda kind: ())
+    found = all_pass(bench_optimizers.case_of(kind, 80, True))
+    assert {"hotloop cpu", "hotloop reference"} <= set(found)
+    assert bench_optimizers.FUSED in found or kind.name == "lion" or "master" in kind.options
 
 
 def test_gate_of_the_optimizers_sees_a_lost_update(monkeypatch):
     small = bench_optimizers.PlainGPT
     monkeypatch.setattr(bench_optimizers, "PlainGPT", lambda vocab, **_: small(vocab, 8, 1, 16, 2))
-    case = bench_optimizers.case_of(40, torch.float32, True)
+    case = bench_optimizers.case_of(OPTIMIZERS[0], 40, True)
     make = case.providers
 
     def tampered():

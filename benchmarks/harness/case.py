@@ -64,6 +64,8 @@ class Case:
     dtype: torch.dtype
     pairs: tuple[tuple[str, str], ...] | None = field(default=None)
     """(ours, peer) whose ratio is quoted; None: each of ours with each peer."""
+    in_place: bool = False
+    """Whether the bytes are those of tensors that are updated where they lie, for the machine's limit."""
     memory: bool = False
     """Whether peak memory tells the providers apart."""
 

@@ -105,7 +105,7 @@ def bench(benchmark: Any, case: Case, rounds: int = 5) -> None:
     ratios = [ratio(times, *pair) for pair in case.compared(list(times))]
     for r in ratios:
         benchmark.extra_info[f"{r.ours} times faster than {r.peer}"] = r.value
-    finished.append(Measured(case, times, verdicts, ratios, limit(case.unit, case.dtype), {}))
+    finished.append(Measured(case, times, verdicts, ratios, limit(case), {}))
     rate = case.work / statistics.median(times[ours]) * 1e3
     benchmark.extra_info["share of measured limit"] = rate / finished[-1].limit.rate
     torch.compiler.reset()

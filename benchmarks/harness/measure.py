@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from hotloop.engine.train.throughput import Peak, measure_copy_bandwidth, measure_matmul_peak
+from hotloop.engine.train.throughput import Peak, measure_copy_bandwidth, measure_matmul_peak, measure_update_bandwidth
 
 from harness.case import OURS, Case, Provider, Verdict
 
@@ -67,10 +67,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def limit(case: Case) -> Peak:
+    """What this machine reaches in a plain matrix product, copy or update in place, measured once a process."""
+    return _limit("update" if case.in_place else case.unit, case.dtype)
+
+
 @cache
-def limit(unit: str, dtype: torch.dtype) -> Peak:
-    """What this machine reaches in a plain matrix product or copy, measured once a process."""
-    return measure_matmul_peak(device(), dtype) if unit == "FLOP" else measure_copy_bandwidth(device())
+def _limit(kind: str, dtype: torch.dtype) -> Peak:
+    if kind == "FLOP":
+        return measure_matmul_peak(device(), dtype)
+    return measure_update_bandwidth(device()) if kind == "update" else measure_copy_bandwidth(device())
 
 
 def timed(provider: Provider) -> float:
@@ -149,7 +155,7 @@ def measure(case: Case, rounds: int) -> Measured:
     pairs = case.compared(list(providers))
     times = interleave(providers, rounds, pairs)
     ratios = [ratio(times, *pair) for pair in pairs]
-    return Measured(case, times, verdicts, ratios, limit(case.unit, case.dtype), {})
+    return Measured(case, times, verdicts, ratios, limit(case), {})
 
 
 def peak_memory_mb(case: Case, name: str) -> float:

@@ -141,6 +141,14 @@ def measure_copy_bandwidth(device: torch.device | str, *, size: int = 1 << 28, s
     return Peak(2 * size / statistics.median(times), f"copy of {size >> 20} MiB", len(times))
 
 
+def measure_update_bandwidth(device: torch.device | str, *, size: int = 1 << 28, seconds: float = 0.5) -> Peak:
+    """Bytes/s of an update in place, read and written bytes both counted: no cache line is fetched only to be
+    overwritten, so that more gets through than in a copy."""
+    x = torch.ones(size // 4, dtype=torch.float32, device=device)
+    times = _sample(lambda: x.mul_(1.0), torch.device(device), seconds)
+    return Peak(2 * size / statistics.median(times), f"update in place of {size >> 20} MiB", len(times))
+
+
 def memory_mb(device: torch.device | str) -> float:
     """Peak memory so far in MB (10^6 bytes): of torch's allocator on CUDA, else resident memory of this process."""
     device = torch.device(device)
