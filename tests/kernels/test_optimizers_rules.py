@@ -1,4 +1,4 @@
-"""SGD's exchange of state with torch, updates during the backward pass, steps without the finite check; trajectories."""
+"""SGD's exchange of state with torch, updates during the backward pass, no finite check; trajectories."""
 
 import copy
 import math
@@ -109,8 +109,8 @@ SHAPES = [(7,), (33, 17), (), (70, 71)]
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "lion"])
 def test_a_hundred_steps_stay_at_the_fp64_trajectory(backend: str, rule: str) -> None:
-    """Bound for T steps of SGD: each moves p by at most lr (1 + ... + momentum^T) |g|, known to some roundings, and rounds
-    p: T u (2 max|p| + 20 lr max|g|) with u = 2^-24 and momentum 0.9. Lion's steps are lr, exactly but for one rounding
+    """Bound for T steps of SGD: each moves p by at most lr (1 + ... + momentum^T) |g|, known to some roundings, and
+    rounds p: T u (2 max|p| + 20 lr max|g|) with u = 2^-24 and momentum 0.9. Lion's steps are lr, exactly but for one rounding
     of p: T u 2 max|p|; where a mean of gradients is nearly 0 its sign, hence a step, may differ."""
     lr, decay, momentum, steps = 1e-2, 0.1, 0.9, 100
     draw = torch.Generator().manual_seed(3)
@@ -148,7 +148,7 @@ def test_a_hundred_steps_stay_at_the_fp64_trajectory(backend: str, rule: str) ->
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_8_bit_moments_follow_the_fp64_trajectory(backend: str, rounding: str) -> None:
-    """Mean movement of 100 steps along a drifting gradient within 3 % of fp64's, all elements within 10 % of the way."""
+    """Mean movement of 100 steps along a drifting gradient within 3 % of fp64's, all of it within 10 %."""
     draw = torch.Generator().manual_seed(4)
     p = nn.Parameter(torch.randn(64, 512, generator=draw))
     before = p.detach().double()
