@@ -110,8 +110,8 @@ SHAPES = [(7,), (33, 17), (), (70, 71)]
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "nesterov", "lion"])
 def test_a_hundred_steps_stay_at_the_fp64_trajectory(backend: str, rule: str) -> None:
     """Bound for T steps of SGD: each moves p by at most lr (1 + ... + momentum^T) |g|, known to some roundings, and
-    rounds p: T u (2 max|p| + 20 lr max|g|) with u = 2^-24 and momentum 0.9. Lion's steps are lr, exactly but for one rounding
-    of p: T u 2 max|p|; where a mean of gradients is nearly 0 its sign, hence a step, may differ."""
+    rounds p: T u (2 max|p| + 20 lr max|g|) with u = 2^-24 and momentum 0.9. Lion's steps are lr, exactly but for one
+    rounding of p: T u 2 max|p|; where a mean of gradients is nearly 0 its sign, hence a step, may differ."""
     lr, decay, momentum, steps = 1e-2, 0.1, 0.9, 100
     draw = torch.Generator().manual_seed(3)
     params = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
