@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#ifdef HOTLOOP_CUDA
+#include "common/launch.h"
+#endif
 #include "common/targets.h"
 #include "machine/machine.h"
 
@@ -15,6 +18,10 @@ PYBIND11_MODULE(_C, m) {
         "Compute as a CPU with less would: baseline, avx2 or avx512; the empty string is the best there is. For tests.");
   m.def("cuda_architectures", &hotloop::cuda_architectures, "What the CUDA code is compiled for; \"\" without any.");
   m.def("threads", &hotloop::threads, "Threads that a parallel region would use now.");
+#ifdef HOTLOOP_CUDA
+  // Arguments as bytes objects, which pybind11 copies into the strings.
+  m.def("cuda_launch", &hotloop::cuda_launch, "See csrc/common/launch.h.");
+#endif
   hotloop::bind_cross_entropy(m);
   hotloop::bind_optimizers(m);
 }

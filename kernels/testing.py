@@ -6,6 +6,8 @@ is. That needs no hand-picked tolerance per op and dtype, and it tightens by its
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,14 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 def _poison(x: Tensor, shape: list[int]) -> Tensor:
     value = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
     return torch.full(shape, value, dtype=x.dtype, device=x.device)
+
+
+def streamed_bytes(counters: Any, way: str) -> float:
+    """Global traffic that the emulator counted, `way` "load" or "store", but for source lines at which a warp's lanes
+    share one address (tables, scalars): those come out of the cache."""
+    total = 0.0
+    for line in counters.by_line().values():
+        requests, sectors = line[f"global_{way}_requests"], line[f"global_{way}_sectors"]
+        if requests and sectors / requests > 1.5:
+            total += min(line[f"global_{way}_bytes"], 32 * sectors)
+    return total

@@ -43,7 +43,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("_C", {str(library)!r})
 c = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(c)
-print(c.cuda_architectures(), hasattr(c, "optimizer_update_cuda"))
+print(c.cuda_architectures(), hasattr(c, "cuda_launch"))
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.stdout.split() == ["80,90a,100a,120", "True"], found.stderr

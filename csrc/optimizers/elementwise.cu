@@ -5,15 +5,22 @@
 // 8-bit moments. Lane l holds elements 4 l .. 4 l + 3 of each half of the block, so that 32 lanes of 128 bits are
 // contiguous in fp32.
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
-#include "optimizers/elementwise_cuda.h"
+#include "common/launch.h"
 
 namespace hotloop::optimizers {
 
-constexpr int BLOCK = 256, COLUMNS = 10, WARPS = UPDATE_THREADS / 32, EACH = BLOCK / 32;
+constexpr int CHUNK = 65'536, BLOCKS_OF_A_CHUNK = 256, BLOCK = 256, COLUMNS = 10;
+constexpr int UPDATE_THREADS = 256, SUM_THREADS = 256, WARPS = UPDATE_THREADS / 32, EACH = BLOCK / 32;
 constexpr unsigned ALL = 0xffffffffu;
+
+// Packed by kernels/optimizers/cuda.py.
+struct Options {
+  int32_t rule, param, grad, moment;
+  int32_t n_moments, stochastic, maximize, nesterov;
+  float constants[5];  // as those of Update in elementwise.h
+  uint64_t seed;
+};
 
 enum : int { ADAMW, LION, SGD };     // Rule of elementwise.h
 enum : int { FP32, BF16, UINT8 };  // Type
@@ -285,9 +292,9 @@ __device__ void write_moment(const float (&x)[EACH], const int64_t (&tensor)[COL
 }
 
 template <int RULE, bool CODES, bool STOCHASTIC>
-__global__ void __launch_bounds__(UPDATE_THREADS)
-    update(const int64_t* table, const int64_t* chunks, const float* scalar_pointer, const float* factor_pointer,
-           const float* skip, const float* step_pointer, const Options o) {
+__device__ __forceinline__ void update(const int64_t* table, const int64_t* chunks, const float* scalar_pointer,
+                                       const float* factor_pointer, const float* skip, const float* step_pointer,
+                                       const Options& o) {
   if (*skip != 0) return;
   constexpr int PARTS = BLOCKS_OF_A_CHUNK / WARPS, SCALARS = RULE == ADAMW ? 3 : RULE == LION ? 2 : 1;
   const int64_t* chunk = chunks + 2 * (blockIdx.x / PARTS);
@@ -380,8 +387,8 @@ __device__ double chunk_sum(int64_t address, int type, int64_t begin, int64_t co
   return (sums[0] + sums[2]) + (sums[1] + sums[3]);  // in the first of the sixteen threads
 }
 
-__global__ void __launch_bounds__(SUM_THREADS)
-    sum_of_squares(const int64_t* table, const int64_t* chunks, double* sums, int* arrived, int count) {
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+    optimizer_sum_of_squares(const int64_t* table, const int64_t* chunks, double* sums, int* arrived, int count) {
   __shared__ double runs[16];
   __shared__ bool is_last;
   const int64_t* row = table + 3 * chunks[2 * blockIdx.x];
@@ -410,31 +417,30 @@ __global__ void __launch_bounds__(SUM_THREADS)
   if (threadIdx.x == 0) *arrived = 0;
 }
 
-// Launches
+// What Python launches, by name: kernels/optimizers/cuda.py.
+#define HOTLOOP_UPDATE(NAME, RULE, CODES, STOCHASTIC)                                                                \
+  extern "C" __global__ void __launch_bounds__(UPDATE_THREADS)                                                       \
+      NAME(const int64_t* table, const int64_t* chunks, const float* scalars, const float* factor, const float* skip, \
+           const float* step, const Options options) {                                                               \
+    update<RULE, CODES, STOCHASTIC>(table, chunks, scalars, factor, skip, step, options);                            \
+  }
+#define HOTLOOP_RULE(NAME, RULE)                     \
+  HOTLOOP_UPDATE(NAME, RULE, false, false)           \
+  HOTLOOP_UPDATE(NAME##_stochastic, RULE, false, true) \
+  HOTLOOP_UPDATE(NAME##_codes, RULE, true, false)    \
+  HOTLOOP_UPDATE(NAME##_codes_stochastic, RULE, true, true)
 
-namespace {
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-}
-}  // namespace
-
-void launch_update(const int64_t* table, const int64_t* chunks, int grid, const float* scalars, const float* factor,
-                   const float* skip, const float* step, const Options& o, void* stream) {
-  using Kernel = void (*)(const int64_t*, const int64_t*, const float*, const float*, const float*, const float*, Options);
-  static const Kernel kernels[3][2][2] = {
-      {{update<ADAMW, 0, 0>, update<ADAMW, 0, 1>}, {update<ADAMW, 1, 0>, update<ADAMW, 1, 1>}},
-      {{update<LION, 0, 0>, update<LION, 0, 1>}, {update<LION, 1, 0>, update<LION, 1, 1>}},
-      {{update<SGD, 0, 0>, update<SGD, 0, 1>}, {update<SGD, 1, 0>, update<SGD, 1, 1>}},
-  };
-  const Kernel kernel = kernels[o.rule][o.n_moments > 0 && o.moment == UINT8][o.stochastic != 0];
-  kernel<<<grid, UPDATE_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(table, chunks, scalars, factor, skip, step, o);
-  check(cudaGetLastError());
-}
-
-void launch_sum_of_squares(const int64_t* table, const int64_t* chunks, double* sums, int* arrived, int count,
-                           void* stream) {
-  sum_of_squares<<<count, SUM_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(table, chunks, sums, arrived, count);
-  check(cudaGetLastError());
-}
+HOTLOOP_RULE(optimizer_adamw, ADAMW)
+HOTLOOP_RULE(optimizer_lion, LION)
+HOTLOOP_RULE(optimizer_sgd, SGD)
 
 }  // namespace hotloop::optimizers
+
+std::vector<hotloop::CudaKernel> hotloop::optimizer_kernels() {
+  using namespace optimizers;
+#define HOTLOOP_NAMED(NAME) CudaKernel{#NAME, reinterpret_cast<const void*>(NAME)}
+#define HOTLOOP_NAMED_RULE(NAME) \
+  HOTLOOP_NAMED(NAME), HOTLOOP_NAMED(NAME##_stochastic), HOTLOOP_NAMED(NAME##_codes), HOTLOOP_NAMED(NAME##_codes_stochastic)
+  return {HOTLOOP_NAMED_RULE(optimizer_adamw), HOTLOOP_NAMED_RULE(optimizer_lion), HOTLOOP_NAMED_RULE(optimizer_sgd),
+          HOTLOOP_NAMED(optimizer_sum_of_squares)};
+}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.autograd import first_order
-from hotloop.kernels.cross_entropy import cpu, platform, reference, schedule
+from hotloop.kernels.cross_entropy import cpu, cuda, platform, reference, schedule, triton
 from hotloop.kernels.cross_entropy.checks import (
     SCHEDULES,
     as_constant,
@@ -46,10 +46,14 @@ lib.define(
 
 _CPU = schedule.RowKernels(cpu.rows_forward, cpu.rows_forward_backward_, cpu.columns_backward_)
 _TORCH = schedule.RowKernels(platform.rows_forward, platform.rows_forward_backward_, platform.columns_backward_)
+_CUDA = schedule.RowKernels(cuda.rows_forward, cuda.rows_forward_backward_, cuda.columns_backward_)
+_TRITON = schedule.RowKernels(triton.rows_forward, triton.rows_forward_backward_, triton.columns_backward_)
 ONE_PASS = Table(
     "linear_cross_entropy.one_pass",
     Backend("cpu", cpu.supports, partial(schedule.one_pass, _CPU)),
     Backend("torch", lambda input, *_, **__: None, partial(schedule.one_pass, _TORCH)),
+    Backend("cuda", cuda.supports, partial(schedule.one_pass, _CUDA)),
+    Backend("triton", triton.supports, partial(schedule.one_pass, _TRITON)),
     Backend("reference", lambda input, *_, **__: None, reference.linear_one_pass),
 )
 RECOMPUTE = Table(
@@ -60,6 +64,18 @@ RECOMPUTE = Table(
         lambda input, *_, **__: None,
         partial(schedule.recompute_forward, _TORCH),
         partial(schedule.recompute_backward, _TORCH),
+    ),
+    Backend(
+        "cuda",
+        cuda.supports,
+        partial(schedule.recompute_forward, _CUDA),
+        partial(schedule.recompute_backward, _CUDA),
+    ),
+    Backend(
+        "triton",
+        triton.supports,
+        partial(schedule.recompute_forward, _TRITON),
+        partial(schedule.recompute_backward, _TRITON),
     ),
     Backend("reference", lambda input, *_, **__: None, reference.linear_forward, reference.linear_backward),
 )

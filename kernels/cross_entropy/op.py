@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.autograd import first_order
-from hotloop.kernels.cross_entropy import cpu, platform, reference
+from hotloop.kernels.cross_entropy import cpu, cuda, platform, reference, triton
 from hotloop.kernels.cross_entropy.checks import (
     as_constant,
     check_constant,
@@ -47,6 +47,8 @@ CROSS_ENTROPY = Table(
     "cross_entropy",
     Backend("cpu", cpu.supports, cpu.forward, cpu.rows_backward),
     Backend("torch", lambda input, *_, **__: None, _platform_forward, platform.rows_backward),
+    Backend("cuda", cuda.supports, cuda.forward, cuda.rows_backward),
+    Backend("triton", triton.supports, triton.forward, triton.rows_backward),
     Backend(
         "reference", lambda input, *_, **__: None, reference.cross_entropy_forward, reference.cross_entropy_backward
     ),

@@ -6,26 +6,17 @@ One call updates all tensors of an `Update`; each is read once and written once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hotloop.kernels.cuda import extension
 from hotloop.kernels.optimizers import reference, tables
 from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-
-
-def extension() -> ModuleType | None:
-    """hotloop.kernels._C, or None where it was not built."""
-    try:
-        return import_module("hotloop.kernels._C")
-    except ImportError:
-        return None
 
 
 def _supports_device(device: torch.device) -> str | None:

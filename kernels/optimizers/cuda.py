@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hotloop.kernels.optimizers import cpu, reference, tables
+from hotloop.kernels.cuda import Launch, supports_device
+from hotloop.kernels.optimizers import reference, tables
 from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
-# As in csrc/optimizers/elementwise_cuda.h.
+# As in csrc/optimizers/elementwise.cu.
 UPDATE_THREADS = SUM_THREADS = 256
 _BLOCKS_OF_A_CHUNK = 256
 _OPTIONS = struct.Struct("<8i5f4xQ")
@@ -25,44 +24,23 @@ _RULES = {"adamw": 0, "lion": 1, "sgd": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
 
-def _supports_device(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"serves cuda tensors, got {device.type}"
-    extension = cpu.extension()
-    if extension is None:
-        return "hotloop.kernels._C is missing: install a C++ compiler, then hotloop again"
-    if not extension.cuda_architectures():
-        return "hotloop.kernels._C has no CUDA code: install hotloop again where nvcc is, with HOTLOOP_BUILD_CUDA=all"
-    return None
-
-
 def supports(update: Update) -> str | None:
-    return _supports_device(update.device)
+    return supports_device(update.device)
 
 
 def supports_sum_of_squares(grads: list[Tensor]) -> str | None:
-    return _supports_device(grads[0].device)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Arguments of a kernel in their order, tensors and bytes, and its grid."""
-
-    grid: int
-    arguments: dict[str, Any]
-
-    def addresses(self) -> list[int]:
-        return [x.data_ptr() for x in self.arguments.values() if isinstance(x, Tensor)]
+    return supports_device(grads[0].device)
 
 
 def sum_of_squares(grads: list[Tensor], kept: DeviceTables) -> Tensor:
     """`reference.sum_of_squares`, to the bit, in one launch."""
     flat = [g.contiguous() for g in grads]
     launch = sum_launch(flat, kept)
-    if not launch.grid:
+    if not launch.grid[0]:
         return torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    _c().optimizer_sum_of_squares_cuda(*launch.addresses(), launch.grid, _stream(grads[0].device))
-    return launch.arguments["sums"][0]
+    launch.run(grads[0].device)
+    total: Tensor = launch.arguments["sums"][0]
+    return total
 
 
 def sum_launch(flat: list[Tensor], kept: DeviceTables) -> Launch:
@@ -77,7 +55,7 @@ def sum_launch(flat: list[Tensor], kept: DeviceTables) -> Launch:
         "arrived": kept.get("arrived", (0,), device).view(torch.int32),
         "count": struct.pack("<i", count),
     }
-    return Launch(count, arguments)
+    return Launch("optimizer_sum_of_squares", (count, 1), SUM_THREADS, 0, arguments)
 
 
 def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
@@ -102,7 +80,7 @@ def _run(
     # Copies where a tensor is not contiguous.
     params, grads = ([x.contiguous() for x in xs] for xs in (update.params, update.grads))
     launch = update_launch(rule, update, params, grads, factor, skip, scalars, constants)
-    _execute(launch, update.device)
+    launch.run(update.device)
     for param, written in zip(update.params, params, strict=True):
         if written is not param:
             param.copy_(written)
@@ -140,18 +118,6 @@ def update_launch(
         "step": update.step,
         "options": options,
     }
-    return Launch(len(chunks) // 2 * (_BLOCKS_OF_A_CHUNK // (UPDATE_THREADS // 32)), arguments)
-
-
-def _execute(launch: Launch, device: torch.device) -> None:
-    _c().optimizer_update_cuda(*launch.addresses(), launch.arguments["options"], launch.grid, _stream(device))
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def _c() -> Any:
-    found = cpu.extension()
-    assert found is not None
-    return found
+    name = f"optimizer_{rule}{'_codes' if update.quantised else ''}{'_stochastic' if update.stochastic else ''}"
+    blocks = len(chunks) // 2 * (_BLOCKS_OF_A_CHUNK // (UPDATE_THREADS // 32))
+    return Launch(name, (blocks, 1), UPDATE_THREADS, 0, arguments)

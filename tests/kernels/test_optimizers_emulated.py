@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hotloop.kernels.cuda import Launch
 from hotloop.kernels.dispatch import use_backend
 from hotloop.kernels.optimizers import SGD, AdamW, Lion, cuda, reference, tables
 from hotloop.kernels.optimizers import triton as triton_backend
 from hotloop.kernels.optimizers.base import BaseOptimizer
 from hotloop.kernels.optimizers.update import Update
+from hotloop.kernels.testing import streamed_bytes
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 emulator = pytest.importorskip("hotloop.emulator")
@@ -90,13 +92,6 @@ def module(target: str) -> Any:
     return emulator.Module.from_cuda(SOURCE, arch=target, **NVCC)
 
 
-def instance(rule: str, codes: bool, stochastic: bool, target: str = "sm_80") -> str:
-    """The entry of `update<rule, codes, stochastic>`."""
-    mark = f"6updateILi{list(cuda._RULES).index(rule)}ELb{codes:d}ELb{stochastic:d}E"
-    (found,) = [name for name in module(target).kernels if mark in name]
-    return found
-
-
 def in_triton(rule: str, update: Update, factor: Tensor, skip: Tensor, target: str, schedule: dict[str, Any]) -> Any:
     with emulator.triton(target, **schedule) as gpu, torch.no_grad():
         gpu.memory.update(memory(update))
@@ -107,18 +102,19 @@ def in_triton(rule: str, update: Update, factor: Tensor, skip: Tensor, target: s
 def in_cuda(rule: str, update: Update, factor: Tensor, skip: Tensor, target: str, schedule: dict[str, Any]) -> Any:
     done = []
 
-    def execute(launch: cuda.Launch, device: torch.device) -> None:
-        done.append(
-            module(target).launch(
-                instance(rule, update.quantised, update.stochastic, target), launch.grid, cuda.UPDATE_THREADS, 0,
-                launch.arguments, memory=memory(update), **schedule,
-            )
-        )  # fmt: skip
+    def run(launch: Launch, device: torch.device) -> None:
+        done.append(emulated(launch, target, memory(update), schedule))
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(cuda, "_execute", execute)
+        patch.setattr(Launch, "run", run)
         getattr(cuda, rule)(update, factor, skip)
     return done[0]
+
+
+def emulated(launch: Launch, target: str, known: dict[str, Tensor], schedule: dict[str, Any]) -> Any:
+    return module(target).launch(
+        launch.kernel, launch.grid, launch.block, launch.shared, launch.arguments, memory=known, **schedule
+    )
 
 
 PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -226,9 +222,7 @@ def test_norm(program, sizes):
                 found = triton_backend.sum_of_squares(grads, kept)
         else:
             launch = cuda.sum_launch(grads, kept)
-            module(target).launch(
-                "sum_of_squares", launch.grid, cuda.SUM_THREADS, 0, launch.arguments, memory=known, **schedule
-            )
+            emulated(launch, target, known, schedule)
             found = launch.arguments["sums"][0]
         assert torch.equal(found, reference.sum_of_squares(grads))
         assert kept.get("arrived", (0,), torch.device("cpu")).item() == 0
@@ -253,19 +247,8 @@ def test_each_tensor_is_read_once_and_written_once(program, rule, case, bytes_ea
     _, updates = prepared(rule, *case, shapes=shapes)
     (update,) = updates
     done = run(rule, update, torch.tensor(1.0), torch.tensor(0.0), targets[0], {})
-    assert bytes_each <= tensor_bytes(done) / (64 * 512) <= 1.02 * bytes_each
-
-
-def tensor_bytes(done: Any) -> float:
-    """Global traffic without the source lines that load one address for a whole warp (tables, scalars, scales): those
-    come out of the cache."""
-    total = 0.0
-    for line in done.counters.by_line().values():
-        for way in ("load", "store"):
-            requests, sectors = line[f"global_{way}_requests"], line[f"global_{way}_sectors"]
-            if requests and sectors / requests > 1.5:
-                total += min(line[f"global_{way}_bytes"], 32 * sectors)
-    return total
+    moved = sum(streamed_bytes(done.counters, way) for way in ("load", "store"))
+    assert bytes_each <= moved / (64 * 512) <= 1.02 * bytes_each
 
 
 # Machine code
@@ -273,8 +256,8 @@ def tensor_bytes(done: Any) -> float:
 
 def machine_code(program: str, target: str, rule: str, case: tuple[str, str, str]) -> Any:
     if program == "cuda":
-        codes, stochastic = case[1] == "int8", case[2] == "stochastic"
-        return emulator.static(SOURCE, target, name=instance(rule, codes, stochastic), **NVCC)
+        name = f"optimizer_{rule}{'_codes' if case[1] == 'int8' else ''}{'_stochastic' if case[2] == 'stochastic' else ''}"
+        return emulator.static(SOURCE, target, name=name, **NVCC)
     _, (update,) = prepared(rule, *case, shapes=[(64, 512)])
     gpu = in_triton(rule, update, torch.tensor(1.0), torch.tensor(1.0), target, {})
     return emulator.static(gpu.launches[0].compiled)
@@ -287,7 +270,7 @@ def measured() -> Iterator[tuple[str, dict[str, int]]]:
     for target in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"):
         for rule, case in kinds:
             yield f"cuda {rule} {', '.join(case)}, {target}", budget(machine_code("cuda", target, rule, case))
-        sums = emulator.static(SOURCE, target, name="sum_of_squares", **NVCC)
+        sums = emulator.static(SOURCE, target, name="optimizer_sum_of_squares", **NVCC)
         yield f"cuda sum_of_squares, {target}", budget(sums)
 
 

@@ -1,0 +1,218 @@
+"""Backend `triton` (and `cuda`) of the losses in the emulator: rows and tiles against fp64, no worse than PyTorch."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hotloop.kernels.cross_entropy import platform
+from hotloop.kernels.cross_entropy import triton as triton_backend
+from hotloop.kernels.cross_entropy.cases import EPS, IGNORE, targets
+from hotloop.kernels.cross_entropy.contract import Coefficients, Options, Rows
+from hotloop.kernels.testing import assert_no_worse, draw_values, streamed_bytes
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+emulator = pytest.importorskip("hotloop.emulator")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TARGETS = ("sm_80", "sm_90", "sm_120")
+SCHEDULES: list[dict[str, Any]] = [{"schedule": "lockstep"}, {"schedule": "random", "seed": 1}]
+OPTIONS: dict[str, Options] = {
+    "plain": Options(),
+    "smoothing": Options(label_smoothing=0.1),
+    "z-loss, scale": Options(z_loss=1e-2, logit_scale=-0.7),
+    "softcap": Options(softcap=3.0),
+    "all": Options(-1, 0.1, 1e-2, 3.0, 0.7),
+}
+
+
+def case(v: int, dtype: torch.dtype, options: Options, *, weights: bool) -> dict[str, Any]:
+    n = 4
+    t = targets(n, v, v, 0.0)
+    t[2] = options.ignore_index
+    t[0] = v - 1
+    return {
+        "logits": draw_values((n, v), seed=v, dtype=dtype) * 2,
+        "target": t,
+        "weight": draw_values((v,), seed=1, dtype=torch.float32).abs() + 0.1 if weights else None,
+        "token_weight": torch.tensor([1.0, 0.5, 2.0, 0.25]) if weights else None,
+        "options": options,
+    }
+
+
+def in_double(x: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in x.items()}
+
+
+def compare(found: Rows, same: Rows, truth: Rows, scale: float = 1.0) -> None:
+    for name in ("loss", "nll", "lse", "entropy"):
+        ours, theirs, exact = (getattr(rows, name) for rows in (found, same, truth))
+        assert_no_worse(ours, theirs, exact, name=name, ulps=8, atol=8 * EPS * scale)
+    assert torch.equal(found.predicted, truth.predicted)
+
+
+# A kernel is compiled for each combination, which takes a second: here each option and dtype, the product is slow.
+PAIRS = [
+    (name, dtype, TARGETS[i % 3], SCHEDULES[i % 2], weights)
+    for i, (name, dtype, weights) in enumerate(
+        [
+            ("plain", torch.bfloat16, False),
+            ("plain", torch.float32, True),
+            ("smoothing", torch.float16, True),
+            ("z-loss, scale", torch.float32, False),
+            ("softcap", torch.bfloat16, False),
+            ("all", torch.bfloat16, True),
+            ("all", torch.float32, False),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "target", "schedule", "weights"), PAIRS)
+def test_rows(name, dtype, target, schedule, weights):
+    check_rows(name, dtype, target, schedule, weights, [127, 9001] if name == "all" else [9001])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype", "weights"), itertools.product(OPTIONS, DTYPES, (False, True)))
+def test_rows_of_every_width(name, dtype, weights):
+    for target, schedule in zip(TARGETS, (*SCHEDULES, {"schedule": "random", "seed": 2}), strict=True):
+        check_rows(name, dtype, target, schedule, weights, [1, 2, 5, 127, 128, 129, 1000, 4096, 4099, 9001])
+
+
+def check_rows(name, dtype, target, schedule, weights, widths):
+    for v in widths:
+        given = case(v, dtype, OPTIONS[name], weights=weights)
+        truth = platform.rows_forward(**in_double(given), stats=True)
+        same = platform.rows_forward(**given, stats=True)
+        before = given["logits"].clone()
+        dloss = torch.tensor([1.0, -0.5, 3.0, 2.0])
+        grads = {}
+        with emulator.triton(target, **schedule):
+            found = triton_backend.rows_forward(**given, stats=True)
+            lean = triton_backend.rows_forward(**given, stats=False)
+            assert torch.equal(given["logits"], before)
+            grads["ours"] = torch.full_like(before, torch.nan)
+            triton_backend.rows_backward(dloss, out=grads["ours"], lse=found.lse, **given)
+            together = {**given, "logits": before.clone()}
+            scale = torch.tensor(0.5)
+            again = triton_backend.rows_forward_backward_(**together, scale=scale, stats=True)
+        compare(found, same, truth)
+        for a, b in zip(found, again, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(found[:3], lean[:3], strict=True):
+            assert torch.equal(a, b)
+        wide = in_double(given)
+        grads["truth"], grads["same"] = torch.empty_like(wide["logits"]), torch.empty_like(before)
+        platform.rows_backward(dloss.double(), out=grads["truth"], lse=truth.lse, **wide)
+        platform.rows_backward(dloss, out=grads["same"], lse=same.lse, **given)
+        assert_no_worse(grads["ours"], grads["same"], grads["truth"], name=f"dlogits, V {v}", ulps=4, atol=4 * EPS)
+        expected = torch.empty_like(before)
+        with emulator.triton(target, **schedule):
+            triton_backend.rows_backward(scale.expand(4), out=expected, lse=found.lse, **given)
+        assert torch.equal(together["logits"], expected)
+
+
+@pytest.mark.parametrize(("name", "dtype", "target", "schedule", "weights"), PAIRS[::2])
+def test_tiles_of_the_vocabulary(name, dtype, target, schedule, weights):
+    v, n = 700, 4
+    given = case(v, dtype, OPTIONS[name], weights=weights)
+    rows = platform.rows_forward(**in_double(given), stats=True)
+    valid = given["target"] != given["options"].ignore_index
+    draw = torch.Generator().manual_seed(2)
+    factors = Coefficients(*(torch.where(valid, torch.randn(n, generator=draw), 0.0) for _ in range(4)))
+    if not weights:
+        factors = factors._replace(c=None, dentropy=None)
+    t, weight, options = given["target"], given["weight"], given["options"]
+    for first, width in ((0, 256), (256, 444), (699, 1)):
+        tile = given["logits"][:, first : first + width]
+        ours, same, truth = tile.clone(), tile.clone(), tile.double()
+        lse, entropy = rows.lse.float(), rows.entropy.float() if weights else torch.empty(0)
+        with emulator.triton(target, **schedule):
+            triton_backend.columns_backward_(ours, first, t, factors, weight, lse, entropy, options)
+        platform.columns_backward_(same, first, t, factors, weight, lse, entropy, options)
+        exact = Coefficients(*(None if x is None else x.double() for x in factors))
+        wide = None if weight is None else weight.double()
+        platform.columns_backward_(truth, first, t, exact, wide, rows.lse, rows.entropy, options)
+        assert_no_worse(ours, same, truth, name=f"tile at {first}", ulps=8, atol=8 * EPS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nan_are_pytorchs(dtype):
+    inf, nan = torch.inf, torch.nan
+    x = torch.zeros(8, 300, dtype=dtype)
+    x[0, 7] = inf
+    x[1, 200] = nan
+    x[2, :] = -inf
+    x[3, :150] = -inf
+    x[4, 5], x[4, 9] = inf, nan
+    x[5, 0] = 1e4
+    x[6, 299] = -1e4
+    x[7, 3] = -inf
+    t = torch.tensor([7, 0, 1, 200, 3, 0, 299, 3])
+    given = {"logits": x, "target": t, "weight": None, "token_weight": None, "options": Options()}
+    same = platform.rows_forward(**given, stats=True)
+    with emulator.triton():
+        found = triton_backend.rows_forward(**given, stats=True)
+        out = torch.empty_like(x)
+        triton_backend.rows_backward(torch.ones(8), out=out, lse=found.lse, **given)
+    for name in ("loss", "nll", "lse"):
+        torch.testing.assert_close(getattr(found, name), getattr(same, name), rtol=1e-5, atol=1e-5, equal_nan=True)
+    expected = torch.empty_like(x)
+    platform.rows_backward(torch.ones(8), out=expected, lse=same.lse, **given)
+    assert torch.equal(out.isnan(), expected.isnan())
+    torch.testing.assert_close(out.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0), rtol=1e-2, atol=1e-6)
+
+
+def test_rows_apart_columns_apart_and_offsets():
+    """Logits that are a view: guard values around them stay, and what lies between rows is never touched."""
+    base = draw_values((6, 2 * 333 + 9), seed=3, dtype=torch.float32)
+    for view in (base[1:5, 3:336], base[1:5, 4:670:2], base.T[7:207, :4].T):
+        given = {"logits": view, "target": torch.tensor([0, 5, IGNORE, 199]), "weight": None, "token_weight": None,
+                 "options": Options()}  # fmt: skip
+        plain = {**given, "logits": view.contiguous()}
+        before = base.clone()
+        out = torch.full((4, view.shape[1] + 7), 5.0)
+        with emulator.triton():
+            found = triton_backend.rows_forward(**given, stats=True)
+            triton_backend.rows_backward(torch.ones(4), out=out[:, 3:-4], lse=found.lse, **given)
+        expected = platform.rows_forward(**plain, stats=True)
+        torch.testing.assert_close(found.loss, expected.loss)
+        gradient = torch.empty_like(plain["logits"])
+        platform.rows_backward(torch.ones(4), out=gradient, lse=expected.lse, **plain)
+        torch.testing.assert_close(out[:, 3:-4], gradient, rtol=1e-5, atol=1e-6)
+        assert (out[:, :3] == 5).all()
+        assert (out[:, -4:] == 5).all()
+        assert torch.equal(base, before)
+
+
+def test_a_target_that_is_no_class_gives_nan():
+    x = torch.zeros(3, 50)
+    for bad in (50, -1):
+        given = {"logits": x, "target": torch.tensor([3, bad, IGNORE]), "weight": None, "token_weight": None,
+                 "options": Options()}  # fmt: skip
+        with emulator.triton():
+            loss = triton_backend.rows_forward(**given, stats=False).loss
+        assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("v", [8192, 50_257])
+def test_counted_work(v):
+    """Forward: one read of the logits. With the gradient they are read again, out of the cache, and written once, in
+    128-bit accesses but for a row's first and last block."""
+    given = case(v, torch.bfloat16, Options(), weights=False)
+    size = 2 * 3 * v  # one row of four is ignored
+    with emulator.triton("sm_90") as gpu:
+        triton_backend.rows_forward(**given, stats=False)
+        forward = gpu.counters
+        gpu.counters = type(forward)()
+        triton_backend.rows_forward_backward_(**given, scale=torch.ones(()), stats=False)
+        both = gpu.counters
+    zeros = 2 * v  # the gradient of the ignored row
+    assert size <= streamed_bytes(forward, "load") <= 1.05 * size
+    assert 2 * size <= streamed_bytes(both, "load") <= 1.05 * 2 * size
+    assert size + zeros <= streamed_bytes(both, "store") <= 1.05 * (size + zeros)
+    # Where rows begin anywhere, their ends are moved element by element.
+    assert 32 * forward["global_load_sectors"] <= (1.05 if v % 4096 == 0 else 1.6) * size
