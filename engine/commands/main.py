@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except UserError as error:
-        print(f"hotloop: {error}", file=sys.stderr)
+        sys.stderr.write(f"hotloop: {error}\n")  # in one piece, beside the lines of other ranks
         return BAD_INPUT
     except KeyboardInterrupt:
         print("hotloop: interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -280,23 +281,23 @@ class Run:
 
     def _resume(self) -> list[tuple[str, str]]:
         """Load the newest good checkpoint, if there is one. Returns events to log."""
-        path, notes = None, []
-        if self.ranks.is_main:
-            found = self.store.latest()
-            notes = [("checkpoint_rejected", f"{bad.path.name}: {bad.reason}") for bad in found.rejected]
-            if found.checkpoint is not None:
-                path = found.checkpoint.path
-            elif found.rejected:
-                raise UserError(
-                    f"no checkpoint in {self.folder.checkpoints} is whole ({found.rejected[0].reason}): "
-                    "move the run's folder away to start it again"
-                )
-        path = self.ranks.broadcast(path)
+        path, notes = self.ranks.from_main(self._newest_checkpoint)
         if path is None:
             # Killed before its first checkpoint: it starts again, and the lines it wrote are superseded.
             return [("resumed", "from the start: no checkpoint yet")] if self._has_metrics() else []
         self.saved_environment = self.training.load(checkpoints.read_manifest(path))
         return [*notes, ("resumed", f"from {path.name}")]
+
+    def _newest_checkpoint(self) -> tuple[Path | None, list[tuple[str, str]]]:
+        """The newest good one, and an event for each newer one that is damaged."""
+        found = self.store.latest()
+        if found.checkpoint is None and found.rejected:
+            raise UserError(
+                f"no checkpoint in {self.folder.checkpoints} is whole ({found.rejected[0].reason}): "
+                "move the run's folder away to start it again"
+            )
+        notes = [("checkpoint_rejected", f"{bad.path.name}: {bad.reason}") for bad in found.rejected]
+        return found.checkpoint.path if found.checkpoint else None, notes
 
     def _compare_environments(self) -> None:
         """After the first step of a resumed run, when it is known which backend serves what: say what is lost."""

@@ -267,16 +267,35 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, recipe):
     assert numbers(run) == before
 
 
+def torchrun(tmp_path: Path, run: Path, *settings: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """`hotloop pretrain` of the recipe that `start` wrote, in several processes."""
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(run)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_what_rank_0_refuses_is_said_and_not_drowned(tmp_path, recipe):
+    """The other ranks leave with the same line, not with the traceback of a lost connection."""
+    run = tmp_path / "run"
+    start(tmp_path, recipe(train={"micro_batch": 4}), run, "done", occurrence=1).communicate(timeout=120)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = torchrun(tmp_path, run, "train.seed=1")
+    assert done.returncode == 1  # torchrun's own; each rank left with 2
+    assert done.stderr.count(f"hotloop: {run} is a run of another configuration (train.seed: 0 -> 1)") >= 1
+    assert "RuntimeError" not in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_another_world_size_reads_the_same_batches(tmp_path, recipe, uninterrupted, world_size):
     made, run = recipe(train={"micro_batch": 4}), tmp_path / "run"
     process = start(tmp_path, made, run, "done", occurrence=1)
     process.communicate(timeout=120)
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(run)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = torchrun(tmp_path, run, ranks=world_size)
     assert done.returncode == 0, done.stderr[-3000:]
     lost = [x["message"] for x in read_metrics(run / "metrics.jsonl") if x.get("name") == "guarantee_lost"]
     assert any("world_size: 1 -> 2" in message for message in lost)
