@@ -190,8 +190,9 @@ class Run:
         """Hand the step's device scalars over; `_drain` turns them into a line some steps later."""
         t = self.training
         W = self.ranks.world_size
-        tokens = sum(batch.n_tokens for batch in batches) * W
-        # A token at position i of its piece attends to i + 1: n (n + 1) / 2 pairs for a piece of n.
+        tokens = self.source.n_tokens(t.step - 1 + t.data_offset)
+        # A token at position i of its piece attends to i + 1: n (n + 1) / 2 pairs for a piece of n. The other ranks'
+        # pieces are taken to be like this one's.
         pairs = sum(int((batch.positions + 1)[batch.targets != IGNORE_INDEX].sum()) for batch in batches) * W
         work = self.throughput.of_step(
             ms / 1e3, tokens=tokens, supervised=n_supervised,

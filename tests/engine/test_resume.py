@@ -299,6 +299,11 @@ def test_another_world_size_reads_the_same_batches(tmp_path, recipe, uninterrupt
     assert done.returncode == 0, done.stderr[-3000:]
     lost = [x["message"] for x in read_metrics(run / "metrics.jsonl") if x.get("name") == "guarantee_lost"]
     assert any("world_size: 1 -> 2" in message for message in lost)
+    ours, theirs = (
+        [x for x in read_metrics(r / "metrics.jsonl") if x["kind"] == "train"] for r in (run, uninterrupted(made))
+    )
+    for name in ("tokens", "supervised", "padding_share"):  # of the global batch, not of one rank's part
+        assert [x[name] for x in ours] == [x[name] for x in theirs]
     for a, b in zip(numbers(run)[0], numbers(uninterrupted(made))[0], strict=True):
         assert a[0] == b[0]
         assert a[1] == pytest.approx(b[1], rel=1e-5)
