@@ -480,6 +480,30 @@ def test_a_folder_that_cannot_be_written(here: Path, hotloop: Hotloop):
     assert hotloop("prepare", "documents", *arguments).code == 2
 
 
+def test_a_backend_that_is_not_there(here: Path, hotloop: Hotloop, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOTLOOP_BACKEND", "cudnn")
+    for command in ("pretrain recipe.toml --out new", "eval run", "generate run"):
+        said = hotloop(*command.split())
+        assert said.code == 2
+        assert said.err.splitlines()[-1].startswith("hotloop: HOTLOOP_BACKEND: backend 'cudnn' was asked for, but ")
+        assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_prepare_that_is_stopped_leaves_nothing(here: Path, number, code):
+    (here / "documents/long.txt").write_text("".join(f"line {i} of a long document\n" for i in range(2_000_000)))
+    process = subprocess.Popen([*HOTLOOP, "prepare", "documents", "--out", "new"], stderr=subprocess.PIPE, text=True)
+    while not list(here.glob(".aside-*-new")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert not list(here.glob("*new"))
+    assert not list(here.glob(".aside-*"))
+
+
 def test_a_full_disk_is_no_traceback(here: Path, hotloop: Hotloop, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "run/metrics.jsonl")
