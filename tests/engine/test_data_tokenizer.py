@@ -97,7 +97,11 @@ def test_special_tokens_have_the_first_ids(encoders):
         5,
     ]
     assert encoders["wordpiece"].unknown_id == 1
-    assert encoders["unigram"].unknown_id == 0
+    unigram = Encoder(train_tokenizer(["text about <|endoftext|> and what it ends. " * 3] * 50, "unigram", 120))
+    for encoder in (encoders["unigram"], unigram):
+        assert (encoder.unknown_id, encoder.end_id) == (0, 1)
+        pieces = [piece for piece, _ in json.loads(encoder.json)["model"]["vocab"]]
+        assert len(set(pieces)) == len(pieces) == encoder.vocab_size
     added = encoders["wordpiece"].tokenizer.get_added_tokens_decoder()
     assert sorted(token.content for token in added.values()) == sorted((*BERT_TOKENS, END_TOKEN))
 
