@@ -97,8 +97,8 @@ def test_special_tokens_have_the_first_ids(encoders):
         5,
     ]
     assert encoders["wordpiece"].unknown_id == 1
-    unigram = Encoder(train_tokenizer(["text about <|endoftext|> and what it ends. " * 3] * 50, "unigram", 120))
-    for encoder in (encoders["unigram"], unigram):
+    spelt = Encoder(train_tokenizer([f'say "{END_TOKEN}" {END_TOKEN}{i}\n' for i in range(100)], "unigram", 60))
+    for encoder in (encoders["unigram"], spelt):
         assert (encoder.unknown_id, encoder.end_id) == (0, 1)
         pieces = [piece for piece, _ in json.loads(encoder.json)["model"]["vocab"]]
         assert len(set(pieces)) == len(pieces) == encoder.vocab_size
