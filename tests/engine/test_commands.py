@@ -161,6 +161,36 @@ def test_from_documents_to_text(here: Path, hotloop: Hotloop):
     assert first.out.split("seed 1 ---\n")[1] == again.out
 
 
+def test_the_demo_leaves_all_that_it_promises(here: Path, hotloop: Hotloop):
+    """On a corpus that is there already; continuous integration runs it whole."""
+    for _ in range(2):  # the second time everything is there: it ends again, with the same report
+        said = hotloop("demo", "--out", "shown", "--recipe", "recipe.toml")
+        assert said.code == 0, said.err
+        report = json.loads((here / "shown/report.json").read_text())
+        baseline = report["kneser_ney_bits_per_byte"]
+        assert list(baseline) == ["2", "3", "4", "6"]
+        assert all(0 < value < 8 for value in baseline.values())
+        not_beaten = [int(context) for context, value in baseline.items() if value <= report["bits_per_byte"]]
+        assert report["kneser_ney_not_beaten"] == not_beaten != []  # 12 steps of a model of 5,000 parameters
+        assert "not beat" in said.out
+        assert {"prepare", "train", "evaluate", "baseline", "sample"} <= report["timings"].keys()
+        assert len(report["samples"]) == said.out.count("--- sample ---") == 3
+        assert said.out.endswith("shown/report.html\n")
+    page = (here / "shown/report.html").read_text()
+    words = (
+        "bits per byte",
+        "Loss",
+        "Learning rate",
+        "Speed",
+        "Where the time went",
+        "Samples",
+        "Environment",
+        "not beat",
+    )
+    assert [word for word in words if word not in page] == []
+    assert {"config.toml", "checkpoints", "metrics.jsonl"} <= {path.name for path in (here / "shown").iterdir()}
+
+
 def test_the_folder_of_a_run_has_the_recipe_s_name_by_default(here: Path, hotloop: Hotloop):
     assert hotloop("pretrain", "recipe.toml", "--set", "train.steps=2").code == 0
     assert (here / "runs/recipe/report.html").exists()
