@@ -111,6 +111,15 @@ def test_the_bare_name_says_what_is_wrong(package):
     assert f"imported as hotloop.{package}" in done.stderr
 
 
+def test_the_engine_takes_models_in_and_out():
+    import hotloop.engine
+    from hotloop.engine import load_pretrained, pretrained, save_pretrained
+
+    assert (load_pretrained, save_pretrained) == (pretrained.load_pretrained, pretrained.save_pretrained)
+    with pytest.raises(AttributeError, match="no attribute 'load_pretraind'"):
+        hotloop.engine.load_pretraind  # noqa: B018
+
+
 def test_importing_a_package_imports_nothing_heavy():
     for package in PACKAGES:
         heavy = "{'torch', 'triton'} & set(sys.modules)"

@@ -100,10 +100,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return command()
     except RuntimeError as error:
-        from hotloop.kernels import dispatch
+        from hotloop.kernels.dispatch import ENVIRONMENT_VARIABLE, BackendError, forced_backend
 
-        if isinstance(error, dispatch.BackendError) and dispatch.forced_backend():
-            raise UserError(f"{dispatch.ENVIRONMENT_VARIABLE}: {error}") from error
+        if isinstance(error, BackendError) and forced_backend():
+            raise UserError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
         raise
 
 
