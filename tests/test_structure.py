@@ -64,6 +64,14 @@ def test_the_engine_imports_no_backend():
                 assert backend == [], f"{path} imports {name}: the public path of an op is its folder"
 
 
+def test_the_engine_has_no_autocast():
+    """Its dtypes are explicit: engine/train/precision.py."""
+    for path in sources("engine"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names |= {name.rsplit(".", 1)[-1] for name in imports(path)}
+        assert not {name for name in names if "autocast" in name}, path
+
+
 def test_nothing_imports_by_the_bare_folder_names():
     for package in PACKAGES:
         for path in sources(package):

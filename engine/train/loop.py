@@ -126,8 +126,9 @@ class Run:
         parameters = sum(p.numel() for p in self.training.model.parameters())
         return (
             f"{parameters / 1e6:.2f} M parameters, {r.train.precision} on {self.ranks.device}, "
-            f"{torch.get_num_threads()} threads x {self.ranks.world_size} ranks; {r.train.steps:,} steps of "
-            f"{r.train.global_batch} x {self.context} tokens from {packs.n_packs:,} packs, {packs.efficiency:.2%} full"
+            f"{torch.get_num_threads()} threads x {self.ranks.world_size} ranks; {r.train.steps:,} steps "
+            f"of {r.train.global_batch} x {self.context} tokens from {packs.n_packs:,} packs, {packs.efficiency:.2%} "
+            f"full, {packs.n_split_documents:,} documents longer than a pack"
         )
 
     def close(self) -> None:

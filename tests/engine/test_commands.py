@@ -140,6 +140,9 @@ def test_from_documents_to_text(here: Path, hotloop: Hotloop):
     assert said.code == 0
     assert said.out == "finished at step 8: runs/new/report.html\n"
     assert re.search(r"step 4/8  loss \d\.\d+ \(z [+-]\d", said.err)
+    assert re.search(
+        r"steps of 8 x 32 tokens from \d+ packs, \d+\.\d+% full, [1-9]\d* documents longer than a pack\n", said.err
+    )
     assert "\x1b" not in said.err  # no terminal: plain lines
     assert (here / "runs/new/log.txt").read_text() == said.err
     assert json.loads((here / "runs/new/report.json").read_text())["complete"]
