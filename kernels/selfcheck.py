@@ -238,7 +238,9 @@ SGD_OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "w
 MUON_OPTIONS: dict[str, Any] = {"lr": 0.05, "ns_coefficients": (2.0, -1.5, 0.5)}  # converge: no error is amplified
 
 
-def clipped_steps(kind: type[AdamW | Lion | SGD | Muon], shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any]) -> Run:
+def clipped_steps(
+    kind: type[AdamW | Lion | SGD | Muon], shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any]
+) -> Run:
     """Parameters in bf16 keep an fp32 master."""
 
     def run(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
