@@ -89,6 +89,17 @@ def test_peers_are_no_run_time_needs():
                 assert name.split(".")[0] not in peers, f"{path} imports {name}"
 
 
+def test_commands_run_on_the_oldest_python():
+    """Python 3.10 has no -P, and with it a script does not find the modules beside it: benchmarks/gpu.py did not."""
+    files = [ROOT / name for name in ("Makefile", "README.md", "CONTRIBUTING.md")]
+    files += [*(ROOT / ".ci").iterdir(), *(ROOT / "tests").rglob("*.py")]
+    option = "-" + "P"
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert f'"{option}"' not in text, path
+        assert f"python {option}" not in text, path
+
+
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
 

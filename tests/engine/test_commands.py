@@ -49,7 +49,7 @@ every = 4
 every = 4
 tensorboard = false
 """
-HOTLOOP = [sys.executable, "-P", "-m", "hotloop.engine"]
+HOTLOOP = [sys.executable, "-m", "hotloop.engine"]
 
 
 class Said(NamedTuple):

@@ -32,7 +32,7 @@ from hotloop.engine.data.tokenizer import train_tokenizer
 from hotloop.engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-ISOLATED = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I"]
+ISOLATED = [sys.executable, "-I"]
 LANGUAGES = ["the quick brown fox", "der schnelle Fuchs über", "быстрая лиса", "素早い狐。", "η γρήγορη αλεπού 🦊"]
 
 

@@ -80,7 +80,7 @@ def test_training_repeats_itself_in_another_process(encoders, kind):
         "print(Encoder(train_tokenizer(json.load(sys.stdin), sys.argv[1], 400)).hash)"
     )
     run = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", code, kind],
+        [sys.executable, "-I", "-c", code, kind],
         input=json.dumps(TEXTS), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.strip() == encoders[kind].hash

@@ -45,8 +45,8 @@ print(outcome.reason)
 
 def start(tmp_path: Path, recipe: Recipe, run: Path, point: str = "", occurrence: int = 0) -> subprocess.Popen[str]:
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
-    command = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "recipe.toml"), str(run), point, str(occurrence)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "recipe.toml"), str(run), point, str(occurrence)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 
 
 def numbers(run: Path) -> list[tuple]:
@@ -277,7 +277,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, recipe):
 
 def torchrun(tmp_path: Path, run: Path, *settings: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """`hotloop pretrain` of the recipe that `start` wrote, in several processes."""
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(run)]
     command += [word for setting in settings for word in ("--set", setting)]
     return subprocess.run(
