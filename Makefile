@@ -1,6 +1,6 @@
 # Every target does its own set-up in .venv. PYTHON chooses the interpreter that the environment is made from.
 BIN := .venv/bin
-PYTEST := $(BIN)/python -P -m pytest
+PYTEST := $(BIN)/pytest
 
 .PHONY: help demo test test-slow bench gpu check clean
 
@@ -25,7 +25,7 @@ bench: ## every benchmark, as a table
 
 gpu: ## on a machine with a GPU: correctness, then benchmarks, as JSON under benchmarks/results/
 	@.ci/install test bench
-	$(BIN)/python -P benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py
 
 check: ## ruff, format, mypy on an installed wheel
 	@.ci/install check

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -58,13 +59,18 @@ def test_the_make_targets_exist():
 
 
 def test_the_snippet_runs():
-    (snippet,) = blocks("python")
+    snippet, _ = blocks("python")
     assert len(snippet.strip().splitlines()) <= 14
     exec(compile(snippet, "README.md", "exec"), {})
 
 
-def test_the_example_is_short():
-    assert len((ROOT / "examples" / "train.py").read_text(encoding="utf-8").splitlines()) <= 60
+def test_the_second_snippet_is_the_example():
+    """Which is short, and which one of the commands runs."""
+    _, snippet = blocks("python")
+    example = (ROOT / "examples" / "train.py").read_text(encoding="utf-8")
+    assert textwrap.indent(snippet, "    ", lambda line: line.strip()) in example
+    assert len(example.splitlines()) <= 60
+    assert any("examples/train.py" in command for command in COMMANDS)
 
 
 def test_every_linked_file_exists():

@@ -64,6 +64,14 @@ def test_the_engine_imports_no_backend():
                 assert backend == [], f"{path} imports {name}: the public path of an op is its folder"
 
 
+def test_the_engine_has_no_autocast():
+    """Its dtypes are explicit: engine/train/precision.py."""
+    for path in sources("engine"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names |= {name.rsplit(".", 1)[-1] for name in imports(path)}
+        assert not {name for name in names if "autocast" in name}, path
+
+
 def test_nothing_imports_by_the_bare_folder_names():
     for package in PACKAGES:
         for path in sources(package):
@@ -79,6 +87,17 @@ def test_peers_are_no_run_time_needs():
                 continue
             for name in imports(path):
                 assert name.split(".")[0] not in peers, f"{path} imports {name}"
+
+
+def test_commands_run_on_the_oldest_python():
+    """Python 3.10 has no -P, and with it a script does not find the modules beside it: benchmarks/gpu.py did not."""
+    files = [ROOT / name for name in ("Makefile", "README.md", "CONTRIBUTING.md")]
+    files += [*(ROOT / ".ci").iterdir(), *(ROOT / "tests").rglob("*.py")]
+    option = "-" + "P"
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert f'"{option}"' not in text, path
+        assert f"python {option}" not in text, path
 
 
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -109,6 +128,15 @@ def test_transformers_works_from_the_repository_root(tmp_path, other_kernels_pac
 def test_the_bare_name_says_what_is_wrong(package):
     done = run_python("-c", f"import {package}; {package}.anything", cwd=ROOT)
     assert f"imported as hotloop.{package}" in done.stderr
+
+
+def test_the_engine_takes_models_in_and_out():
+    import hotloop.engine
+    from hotloop.engine import load_pretrained, pretrained, save_pretrained
+
+    assert (load_pretrained, save_pretrained) == (pretrained.load_pretrained, pretrained.save_pretrained)
+    with pytest.raises(AttributeError, match="no attribute 'load_pretraind'"):
+        hotloop.engine.load_pretraind  # noqa: B018
 
 
 def test_importing_a_package_imports_nothing_heavy():

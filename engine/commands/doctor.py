@@ -74,7 +74,8 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # torch's own word says for what it was built; its metadata may not.
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
         "cuda": torch.version.cuda,
         "c++ compiler": _tool(os.environ.get("CXX"), "c++", "g++", "clang++"),
         "nvcc": _tool("nvcc"),

@@ -6,9 +6,12 @@ import difflib
 import inspect
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 
 import tyro
 
@@ -52,14 +55,16 @@ INTERRUPTED = 128 + 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code. Raises SystemExit for a verb's --help (0) and for wrong arguments (2)."""
+    """Run one verb and return the exit code. Raises SystemExit for a verb's --help (0), for wrong arguments (2) and on
+    SIGTERM outside of training (143)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
-        return run(arguments)
+        with sigterm_unwinds():
+            return run(arguments)
     except UserError as error:
-        print(f"hotloop: {error}", file=sys.stderr)
+        sys.stderr.write(f"hotloop: {error}\n")  # in one piece, beside the lines of other ranks
         return BAD_INPUT
     except KeyboardInterrupt:
         print("hotloop: interrupted", file=sys.stderr)
@@ -92,4 +97,25 @@ def run(arguments: Sequence[str]) -> int:
         args=rest,
         config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
-    return command()
+    try:
+        return command()
+    except RuntimeError as error:
+        from hotloop.kernels.dispatch import ENVIRONMENT_VARIABLE, BackendError, forced_backend
+
+        if isinstance(error, BackendError) and forced_backend():
+            raise UserError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
+        raise
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends a verb like Ctrl-C does: what it has half written is removed. (A run in training saves instead.)"""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -166,7 +166,11 @@ class BatchSource:
         return self.order.epoch_of(step, source)
 
     def n_supervised(self, step: int) -> int:
-        """Targets in the whole global batch, from the index alone."""
+        """Targets in the whole global batch: each token is one."""
+        return self.n_tokens(step)
+
+    def n_tokens(self, step: int) -> int:
+        """Tokens in the whole global batch, from the index alone."""
         source, pack = self.order.samples(step)
         return sum(int(self.packs[s].tokens(pack[source == s]).sum()) for s in np.unique(source))
 

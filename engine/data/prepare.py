@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -331,34 +332,25 @@ def _encode(
 # Files and progress
 
 
-class _written_aside:
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its name if the block succeeds and disappears if it does not."""
-
-    def __init__(self, out: Path):
-        self.out = out
-        self.aside = aside_of(out)
-
-    def __enter__(self) -> Path:
+    aside = aside_of(out)
+    try:
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.aside.mkdir()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
         except OSError as error:
-            raise UserError(f"{printable(self.out)}: cannot be created ({error.strerror})") from error
-        return self.aside
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        try:
-            if error is None:
-                fsync_folder(self.aside)
-                # Replaces an empty folder, fails on any other: nothing is ever written over.
-                self.aside.rename(self.out)
-                fsync_folder(self.out.parent)
-                return
-        except OSError as failure:
-            error = failure
-        shutil.rmtree(self.aside, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{printable(self.out)}: not written ({error.strerror or error})") from error
+            raise UserError(f"{printable(out)}: cannot be created ({error.strerror})") from error
+        yield aside
+        fsync_folder(aside)
+        # Replaces an empty folder, fails on any other: nothing is ever written over.
+        aside.rename(out)
+        fsync_folder(out.parent)
+    except OSError as error:
+        raise UserError(f"{printable(out)}: not written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class _Tracker:

@@ -94,6 +94,14 @@ def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 
     described = json.loads(tokenizer.to_str())
     if kind == "wordpiece":
         described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] not in continuing]
+    if kind == "unigram":
+        # Text that spells the end token may be learnt as a piece once more, and the library then takes that one.
+        special = [UNIGRAM_UNKNOWN, END_TOKEN]
+        pieces = described["model"]["vocab"]
+        learnt = [piece for piece in pieces[len(special) :] if piece[0] not in special]
+        described["model"]["vocab"] = [*pieces[: len(special)], *learnt]
+        for token in described["added_tokens"]:
+            token["id"] = special.index(token["content"])
     return json.dumps(described, indent=2, ensure_ascii=False)
 
 

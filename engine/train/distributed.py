@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hotloop.engine.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,22 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank. A UserError there is raised on every rank: the others would
+        wait for rank 0 and bury its message under those of a broken connection."""
+        if self.world_size == 1:
+            return make()
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = make()
+            except UserError as refused:
+                error = refused
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise error
+        return value
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -98,7 +98,7 @@ class RunFolder:
             new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._made = new
-            self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR)
+            self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}): give the run another folder (--out)"

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,8 +126,9 @@ class Run:
         parameters = sum(p.numel() for p in self.training.model.parameters())
         return (
             f"{parameters / 1e6:.2f} M parameters, {r.train.precision} on {self.ranks.device}, "
-            f"{torch.get_num_threads()} threads x {self.ranks.world_size} ranks; {r.train.steps:,} steps of "
-            f"{r.train.global_batch} x {self.context} tokens from {packs.n_packs:,} packs, {packs.efficiency:.2%} full"
+            f"{torch.get_num_threads()} threads x {self.ranks.world_size} ranks; {r.train.steps:,} steps "
+            f"of {r.train.global_batch} x {self.context} tokens from {packs.n_packs:,} packs, {packs.efficiency:.2%} "
+            f"full, {packs.n_split_documents:,} documents longer than a pack"
         )
 
     def close(self) -> None:
@@ -189,8 +191,9 @@ class Run:
         """Hand the step's device scalars over; `_drain` turns them into a line some steps later."""
         t = self.training
         W = self.ranks.world_size
-        tokens = sum(batch.n_tokens for batch in batches) * W
-        # A token at position i of its piece attends to i + 1: n (n + 1) / 2 pairs for a piece of n.
+        tokens = self.source.n_tokens(t.step - 1 + t.data_offset)
+        # A token at position i of its piece attends to i + 1: n (n + 1) / 2 pairs for a piece of n. The other ranks'
+        # pieces are taken to be like this one's.
         pairs = sum(int((batch.positions + 1)[batch.targets != IGNORE_INDEX].sum()) for batch in batches) * W
         work = self.throughput.of_step(
             ms / 1e3, tokens=tokens, supervised=n_supervised,
@@ -280,23 +283,23 @@ class Run:
 
     def _resume(self) -> list[tuple[str, str]]:
         """Load the newest good checkpoint, if there is one. Returns events to log."""
-        path, notes = None, []
-        if self.ranks.is_main:
-            found = self.store.latest()
-            notes = [("checkpoint_rejected", f"{bad.path.name}: {bad.reason}") for bad in found.rejected]
-            if found.checkpoint is not None:
-                path = found.checkpoint.path
-            elif found.rejected:
-                raise UserError(
-                    f"no checkpoint in {self.folder.checkpoints} is whole ({found.rejected[0].reason}): "
-                    "move the run's folder away to start it again"
-                )
-        path = self.ranks.broadcast(path)
+        path, notes = self.ranks.from_main(self._newest_checkpoint)
         if path is None:
             # Killed before its first checkpoint: it starts again, and the lines it wrote are superseded.
             return [("resumed", "from the start: no checkpoint yet")] if self._has_metrics() else []
         self.saved_environment = self.training.load(checkpoints.read_manifest(path))
         return [*notes, ("resumed", f"from {path.name}")]
+
+    def _newest_checkpoint(self) -> tuple[Path | None, list[tuple[str, str]]]:
+        """The newest good one, and an event for each newer one that is damaged."""
+        found = self.store.latest()
+        if found.checkpoint is None and found.rejected:
+            raise UserError(
+                f"no checkpoint in {self.folder.checkpoints} is whole ({found.rejected[0].reason}): "
+                "move the run's folder away to start it again"
+            )
+        notes = [("checkpoint_rejected", f"{bad.path.name}: {bad.reason}") for bad in found.rejected]
+        return found.checkpoint.path if found.checkpoint else None, notes
 
     def _compare_environments(self) -> None:
         """After the first step of a resumed run, when it is known which backend serves what: say what is lost."""

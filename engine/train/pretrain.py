@@ -32,7 +32,7 @@ def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] |
         ranks = distributed.start(recipe.train.device)
         try:
             corpus = Corpus(recipe.data.path)
-            saved = ranks.broadcast(folder.open(recipe, corpus.folder) if ranks.is_main else None)
+            saved = ranks.from_main(lambda: folder.open(recipe, corpus.folder))
             resolved = resolve(recipe, saved, corpus, ranks)
             if ranks.device.type == "cuda":
                 check_backends(ranks.device, precision.POLICIES[resolved.train.precision].dtype)

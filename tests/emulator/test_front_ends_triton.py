@@ -252,7 +252,8 @@ def load_tile(tile, y):
 
 def run_python(program: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
         env={**os.environ, **variables},
         capture_output=True,
         text=True,

@@ -614,7 +614,7 @@ else:
 
 def run_kills(tmp_path: Path, **request: object) -> list[dict]:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", KILLS, str(Path(__file__).parent), str(tmp_path), json.dumps(request)],
+        [sys.executable, "-c", KILLS, str(Path(__file__).parent), str(tmp_path), json.dumps(request)],
         capture_output=True, text=True, timeout=280, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

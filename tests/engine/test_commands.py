@@ -49,7 +49,7 @@ every = 4
 every = 4
 tensorboard = false
 """
-HOTLOOP = [sys.executable, "-P", "-m", "hotloop.engine"]
+HOTLOOP = [sys.executable, "-m", "hotloop.engine"]
 
 
 class Said(NamedTuple):
@@ -140,6 +140,9 @@ def test_from_documents_to_text(here: Path, hotloop: Hotloop):
     assert said.code == 0
     assert said.out == "finished at step 8: runs/new/report.html\n"
     assert re.search(r"step 4/8  loss \d\.\d+ \(z [+-]\d", said.err)
+    assert re.search(
+        r"steps of 8 x 32 tokens from \d+ packs, \d+\.\d+% full, [1-9]\d* documents longer than a pack\n", said.err
+    )
     assert "\x1b" not in said.err  # no terminal: plain lines
     assert (here / "runs/new/log.txt").read_text() == said.err
     assert json.loads((here / "runs/new/report.json").read_text())["complete"]
@@ -159,6 +162,36 @@ def test_from_documents_to_text(here: Path, hotloop: Hotloop):
     )
     again = hotloop("generate", "runs/new", "--prompt", "document é", "--max-tokens", "20", "--seed", "1")
     assert first.out.split("seed 1 ---\n")[1] == again.out
+
+
+def test_the_demo_leaves_all_that_it_promises(here: Path, hotloop: Hotloop):
+    """On a corpus that is there already; continuous integration runs it whole."""
+    for _ in range(2):  # the second time everything is there: it ends again, with the same report
+        said = hotloop("demo", "--out", "shown", "--recipe", "recipe.toml")
+        assert said.code == 0, said.err
+        report = json.loads((here / "shown/report.json").read_text())
+        baseline = report["kneser_ney_bits_per_byte"]
+        assert list(baseline) == ["2", "3", "4", "6"]
+        assert all(0 < value < 8 for value in baseline.values())
+        not_beaten = [int(context) for context, value in baseline.items() if value <= report["bits_per_byte"]]
+        assert report["kneser_ney_not_beaten"] == not_beaten != []  # 12 steps of a model of 5,000 parameters
+        assert "not beat" in said.out
+        assert {"prepare", "train", "evaluate", "baseline", "sample"} <= report["timings"].keys()
+        assert len(report["samples"]) == said.out.count("--- sample ---") == 3
+        assert said.out.endswith("shown/report.html\n")
+    page = (here / "shown/report.html").read_text()
+    words = (
+        "bits per byte",
+        "Loss",
+        "Learning rate",
+        "Speed",
+        "Where the time went",
+        "Samples",
+        "Environment",
+        "not beat",
+    )
+    assert [word for word in words if word not in page] == []
+    assert {"config.toml", "checkpoints", "metrics.jsonl"} <= {path.name for path in (here / "shown").iterdir()}
 
 
 def test_the_folder_of_a_run_has_the_recipe_s_name_by_default(here: Path, hotloop: Hotloop):
@@ -478,6 +511,30 @@ def test_a_folder_that_cannot_be_written(here: Path, hotloop: Hotloop):
     assert said.err.startswith(f"hotloop: {arguments[1]}: cannot be")
     assert said.err.count("\n") == 1
     assert hotloop("prepare", "documents", *arguments).code == 2
+
+
+def test_a_backend_that_is_not_there(here: Path, hotloop: Hotloop, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOTLOOP_BACKEND", "cudnn")
+    for command in ("pretrain recipe.toml --out new", "eval run", "generate run"):
+        said = hotloop(*command.split())
+        assert said.code == 2
+        assert said.err.splitlines()[-1].startswith("hotloop: HOTLOOP_BACKEND: backend 'cudnn' was asked for, but ")
+        assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_prepare_that_is_stopped_leaves_nothing(here: Path, number, code):
+    (here / "documents/long.txt").write_text("".join(f"line {i} of a long document\n" for i in range(2_000_000)))
+    process = subprocess.Popen([*HOTLOOP, "prepare", "documents", "--out", "new"], stderr=subprocess.PIPE, text=True)
+    while not list(here.glob(".aside-*-new")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert not list(here.glob("*new"))
+    assert not list(here.glob(".aside-*"))
 
 
 def test_a_full_disk_is_no_traceback(here: Path, hotloop: Hotloop, monkeypatch: pytest.MonkeyPatch):

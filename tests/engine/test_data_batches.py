@@ -25,7 +25,7 @@ from hotloop.engine.errors import UserError
 TOKENIZER = train_tokenizer(["a"], "bpe", 257)
 END = 0
 V = 60_000
-ISOLATED = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I"]
+ISOLATED = [sys.executable, "-I"]
 
 
 def make_corpus(folder, lengths, seed=0, max_shard_bytes=1 << 30, vocab_size=V, tokenizer=TOKENIZER):

@@ -19,16 +19,20 @@ import pytest
 import tyro
 from tokenizers import AddedToken, Tokenizer
 
+from hotloop.engine.commands import demo
 from hotloop.engine.commands.prepare import Prepare
+from hotloop.engine.config import load_recipe
 from hotloop.engine.data import documents, shards
 from hotloop.engine.data import prepare as module
+from hotloop.engine.data.files import walk
 from hotloop.engine.data.packing import Packs
 from hotloop.engine.data.prepare import PrepareConfig, Sample, prepare
 from hotloop.engine.data.shards import HEADER_BYTES, Corpus
 from hotloop.engine.data.tokenizer import train_tokenizer
 from hotloop.engine.errors import UserError
 
-ISOLATED = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I"]
+ROOT = Path(__file__).resolve().parents[2]
+ISOLATED = [sys.executable, "-I"]
 LANGUAGES = ["the quick brown fox", "der schnelle Fuchs über", "быстрая лиса", "素早い狐。", "η γρήγορη αλεπού 🦊"]
 
 
@@ -356,7 +360,9 @@ def test_a_file_size_limit_leaves_nothing(tmp_path, docs):
 
 COMMAND = """
 import sys, tyro
+from hotloop.engine.commands import demo
 from hotloop.engine.commands.prepare import Prepare
+from hotloop.engine.config import load_recipe
 from hotloop.engine.errors import UserError
 try:
     sys.exit(tyro.cli(Prepare)())
@@ -533,24 +539,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, docs):
     assert growth[1] < growth[0] + 15
 
 
-STDLIB_EXCLUDE = ("test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__")
-
-
 def test_the_standard_library(tmp_path, capsys):
     """The corpus of the demo: time printed, packs at least 98 % full, the command's own report."""
     out = tmp_path / "corpus"
-    stdlib = sysconfig.get_paths()["stdlib"]
-    arguments = [
-        stdlib,
-        "--out",
-        str(out),
-        "--vocab-size",
-        "4096",
-        "--split-by",
-        "folder",
-        "--exclude",
-        *STDLIB_EXCLUDE,
-    ]
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    arguments = [str(stdlib), "--out", str(out), "--vocab-size", str(demo.VOCABULARY)]
+    arguments += ["--split-by", "folder", "--validation-fraction", str(demo.HELD_OUT_SHARE)]
+    arguments += ["--seed", str(demo.SPLIT_SEED), "--exclude", *demo.LEFT_OUT]
+    context = load_recipe(ROOT / "recipes/demo.toml").model.context
     started = time.perf_counter()
     assert tyro.cli(Prepare, args=arguments)() == 0
     seconds = time.perf_counter() - started
@@ -559,14 +555,17 @@ def test_the_standard_library(tmp_path, capsys):
     corpus.verify()
     train, validation = corpus.split("train"), corpus.split("validation")
     megabytes = (train.n_text_bytes + validation.n_text_bytes) / 1e6
-    packs = Packs.of(train, 256)
+    packs = Packs.of(train, context)
     with capsys.disabled():
         print(
             f"\nstandard library: {megabytes:.1f} MB prepared in {seconds:.1f} s, "
-            f"packs {packs.efficiency:.2%} full at 256"
+            f"packs {packs.efficiency:.2%} full at {context}"
         )
     assert packs.efficiency >= 0.98
-    assert 0.02 < validation.n_text_bytes / (megabytes * 1e6) <= 0.05 + 1e-9 or len(validation.lengths) == 1
+    assert 0.05 < validation.n_text_bytes / (megabytes * 1e6) <= demo.HELD_OUT_SHARE + 1e-9
+    read = {part for file in walk([stdlib], demo.LEFT_OUT) for part in file.path.relative_to(stdlib).parts}
+    assert {"json", "asyncio"} < read
+    assert not {"test", "tests", "encodings", "pydoc_data", "site-packages"} & read
     assert "exact duplicates dropped" in shown
     assert "bytes/token" in shown
     assert re.search(r"scan [\d.]+ s, tokenizer [\d.]+ s, encode [\d.]+ s", shown)

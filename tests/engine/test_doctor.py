@@ -238,7 +238,7 @@ def test_doctor_json(capsys: pytest.CaptureFixture[str], outcomes: list[Outcome]
     assert tyro.cli(Doctor, args=["--json", "--no-measure"])() == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is True
-    assert found["machine"]["packages"]["torch"] is not None
+    assert found["machine"]["packages"]["torch"] == torch.__version__
     assert found["machine"]["cpu"]["torch threads"] == torch.get_num_threads()
     assert "peaks" not in found
     assert [c["backend"] for c in found["checks"]][: len(outcomes)] == [o.backend for o in outcomes]

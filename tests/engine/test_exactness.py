@@ -114,12 +114,15 @@ from hotloop.engine.objectives.causal import CausalObjective
 from hotloop.kernels.cross_entropy import linear_cross_entropy
 from hotloop.engine.train import distributed
 
-corpus, out, wrapped, micro_batch = Corpus(sys.argv[1]), sys.argv[2], sys.argv[3] == "ddp", int(sys.argv[4])
+corpus, out, how, micro_batch = Corpus(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+wrapped = how in ("ddp", "mean of means")
 torch.set_num_threads(1)
 ranks = distributed.start("cpu")
 source = BatchSource(corpus.split("train"), 32, 8, seed=0)
 config = ModelConfig(context=32, n_layers=2, d_model=32, n_heads=4, vocab_size=corpus.vocab_size)
 model = Transformer(config).initialize(0)
+if how == "fp64":
+    model.double()
 objective = CausalObjective(model)
 W = ranks.world_size
 scale = float(W) if wrapped else 1.0  # DistributedDataParallel averages over ranks: the sum is asked for
@@ -133,6 +136,8 @@ for b in batches:  # row r of the global batch keeps every (r + 1)-th target: ra
 counts = torch.tensor([float(sum((b.targets != -100).sum() for b in batches))])
 ranks.sum_([counts])
 normalizer = counts[0] / scale
+if how == "mean of means":  # the mistake: each rank its own count, and the mean of that over ranks
+    normalizer = sum((b.targets != -100).sum() for b in batches).float()
 for i, b in enumerate(batches):
     if wrapped and i < len(batches) - 1:
         with call.no_sync():
@@ -148,19 +153,38 @@ ranks.stop()
 """
 
 
-@pytest.mark.parametrize("how", ["engine", "ddp"])
-@pytest.mark.parametrize("micro_batch", [4, 1])
-def test_two_processes_do_not_matter(corpus, tmp_path, how, micro_batch):
-    script = tmp_path / "ranks.py"
+def by_ranks(corpus, folder, n: int, how: str, micro_batch: int) -> list[torch.Tensor]:
+    script, out = folder / "ranks.py", folder / "gradients.pt"
     script.write_text(RANKS)
-    for n in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-        arguments = [str(script), str(corpus), str(tmp_path / f"{n}.pt"), how if n == 2 else "engine", str(micro_batch)]
-        done = subprocess.run([*launch, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-    overall, worst = distance(torch.load(tmp_path / "2.pt"), torch.load(tmp_path / "1.pt"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    arguments = [str(script), str(corpus), str(out), how, str(micro_batch)]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus, tmp_path_factory) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Gradients of one process and one micro-batch, in fp32 and in fp64."""
+    folder = tmp_path_factory.mktemp("one")
+    whole, exact = (by_ranks(corpus, folder, 1, how, 8) for how in ("engine", "fp64"))
+    assert exact[0].dtype == torch.float64
+    return whole, exact
+
+
+@pytest.mark.parametrize(("how", "micro_batch"), [("engine", 4), ("engine", 1), ("ddp", 4), ("ddp", 1)])
+def test_two_processes_do_not_matter(corpus, tmp_path, one_process, how, micro_batch):
+    whole, exact = one_process
+    found = by_ranks(corpus, tmp_path, 2, how, micro_batch)
+    overall, worst = distance(found, whole)
     assert overall <= 1e-6
     assert worst <= 5e-6
+    assert distance(found, exact)[0] <= 2 * distance(whole, exact)[0] + 1e-9
+
+
+def test_the_mean_of_two_processes_means_is_found_out(corpus, tmp_path, one_process):
+    planted = by_ranks(corpus, tmp_path, 2, "mean of means", 4)
+    assert distance(planted, one_process[0])[0] >= 100 * 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

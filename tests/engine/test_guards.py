@@ -105,6 +105,28 @@ def test_a_non_finite_step_changes_nothing_and_is_logged(tmp_path, recipe, monke
     assert losses[-1] < losses[0]
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path, recipe, monkeypatch):
+    """Only the optimizer can see this one."""
+
+    class Fault(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, dloss):
+            return dloss * float("nan")
+
+    made = recipe()
+    poison(monkeypatch, made, {5}, Fault.apply)
+    assert pretrain(made, tmp_path / "run").reason == "finished"
+    train = lines(tmp_path / "run", "train")
+    assert [line["step"] for line in train if line["skipped"]] == [6]
+    assert [line["step"] for line in lines(tmp_path / "run", "event") if line["name"] == "skipped"] == [6]
+    assert all(line["loss"] is not None for line in train)
+    assert train[-1]["loss"] < train[0]["loss"]
+
+
 def test_an_outlier_step_is_skipped(tmp_path, recipe, monkeypatch):
     made = recipe(train={"steps": 40}, guards={"window": 16, "outlier_z": 20.0})
     poison(monkeypatch, made, {30}, lambda loss: loss * 100)

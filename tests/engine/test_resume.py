@@ -45,8 +45,8 @@ print(outcome.reason)
 
 def start(tmp_path: Path, recipe: Recipe, run: Path, point: str = "", occurrence: int = 0) -> subprocess.Popen[str]:
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
-    command = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "recipe.toml"), str(run), point, str(occurrence)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "recipe.toml"), str(run), point, str(occurrence)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
 
 
 def numbers(run: Path) -> list[tuple]:
@@ -92,10 +92,18 @@ def uninterrupted(tmp_path_factory, request):
     return get
 
 
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 POINTS = [
-    "snapshot", "create", "write model.safetensors", "fsync model.safetensors", "write optimizer.safetensors",
-    "fsync state.json", "fsync manifest.json", "sync folder", "rename", "sync parent", "verify", "done",
+    "snapshot", "create", *(f"{what} {name}" for name in FILES for what in ("write", "fsync")), "sync folder", "rename",
+    "sync parent", "verify", "delete", "done",
 ]  # fmt: skip
+
+
+def test_these_are_all_points_of_a_write(tmp_path, recipe):
+    """But "replace", which only a step that is saved again has; test_checkpoint.py kills a store there."""
+    seen: list[str] = []
+    pretrain(recipe(), tmp_path / "run", fault=seen.append)
+    assert set(seen) == set(POINTS)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -267,19 +275,43 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, recipe):
     assert numbers(run) == before
 
 
+def torchrun(tmp_path: Path, run: Path, *settings: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """`hotloop pretrain` of the recipe that `start` wrote, in several processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(run)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_what_rank_0_refuses_is_said_and_not_drowned(tmp_path, recipe):
+    """The other ranks leave with the same line, not with the traceback of a lost connection."""
+    run = tmp_path / "run"
+    start(tmp_path, recipe(train={"micro_batch": 4}), run, "done", occurrence=1).communicate(timeout=120)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = torchrun(tmp_path, run, "train.seed=1")
+    assert done.returncode == 1  # torchrun's own; each rank left with 2
+    assert done.stderr.count(f"hotloop: {run} is a run of another configuration (train.seed: 0 -> 1)") >= 1
+    assert "RuntimeError" not in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("world_size", [2])
 def test_another_world_size_reads_the_same_batches(tmp_path, recipe, uninterrupted, world_size):
     made, run = recipe(train={"micro_batch": 4}), tmp_path / "run"
     process = start(tmp_path, made, run, "done", occurrence=1)
     process.communicate(timeout=120)
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [*launch, "-m", "hotloop.engine", "pretrain", str(tmp_path / "recipe.toml"), "--out", str(run)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = torchrun(tmp_path, run, ranks=world_size)
     assert done.returncode == 0, done.stderr[-3000:]
     lost = [x["message"] for x in read_metrics(run / "metrics.jsonl") if x.get("name") == "guarantee_lost"]
     assert any("world_size: 1 -> 2" in message for message in lost)
+    ours, theirs = (
+        [x for x in read_metrics(r / "metrics.jsonl") if x["kind"] == "train"] for r in (run, uninterrupted(made))
+    )
+    for name in ("tokens", "supervised", "padding_share"):  # of the global batch, not of one rank's part
+        assert [x[name] for x in ours] == [x[name] for x in theirs]
     for a, b in zip(numbers(run)[0], numbers(uninterrupted(made))[0], strict=True):
         assert a[0] == b[0]
         assert a[1] == pytest.approx(b[1], rel=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_the_clock_of_a_copy_counts_both_directions(monkeypatch: pytest.MonkeyPa
     assert measure_copy_bandwidth("cpu", size=1 << 20).rate == 2 * (1 << 20) / 0.5
 
 
-def test_memory_is_the_peak_of_this_process() -> None:
+def test_memory_is_the_peak_of_this_process(tmp_path: Path) -> None:
     """In a process of its own: what it reports covers what it held, also when that is gone, and not its parent's."""
     script = (
         "from hotloop.engine.train.throughput import memory_mb\n"
@@ -166,7 +167,9 @@ def test_memory_is_the_peak_of_this_process() -> None:
         "print(before, held, memory_mb('cpu'))\n"
     )
     ballast = bytearray(b"x") * 900_000_000
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path
+    )
     assert memory_mb("cpu") > len(ballast) / 1e6
     before, held, after = map(float, done.stdout.split())
     assert before < len(ballast) / 1e6

@@ -127,7 +127,7 @@ def interpret() -> None:
 def test_a_step_in_the_interpreter_is_the_reference() -> None:
     pytest.importorskip("triton", reason="needs triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-P", __file__]
+    command = [sys.executable, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

@@ -142,7 +142,7 @@ def load(rank: int, ranks: int, folder: str) -> None:
 def in_processes(task: str, ranks: int, folder: Path) -> None:
     """Run a function of this file in `ranks` fresh processes."""
     processes = [
-        subprocess.Popen([sys.executable, "-P", __file__, task, str(rank), str(ranks), str(folder)],
+        subprocess.Popen([sys.executable, __file__, task, str(rank), str(ranks), str(folder)],
                          stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]  # fmt: skip
