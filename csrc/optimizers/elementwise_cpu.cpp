@@ -6,24 +6,34 @@
 
 #include "common/targets.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 // No contraction anywhere: all of them give the same bits.
 namespace hotloop::optimizers {
 
+#define HOTLOOP_CALLS 1  // of Philox in a vector of 64-bit lanes
 namespace baseline {
 #include "optimizers/elementwise.inl"
 }
+#undef HOTLOOP_CALLS
 
 #if defined(__x86_64__)
 HOTLOOP_TARGET_BEGIN("avx2,f16c")
+#define HOTLOOP_CALLS 4
 namespace avx2 {
 #include "optimizers/elementwise.inl"
 }
+#undef HOTLOOP_CALLS
 HOTLOOP_TARGET_END
 
 HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq" HOTLOOP_WIDE)
+#define HOTLOOP_CALLS 8
 namespace avx512 {
 #include "optimizers/elementwise.inl"
 }
+#undef HOTLOOP_CALLS
 HOTLOOP_TARGET_END
 #endif
 
