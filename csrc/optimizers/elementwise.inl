@@ -53,10 +53,11 @@ inline Words high_lanes(Words a, Words b) { return (Words)_mm256_unpackhi_epi64(
 constexpr Words kOrder = {0, 2, 1, 3};
 #endif
 
+// kVectors at a time: the ten rounds of one are a chain of dependent operations.
+template <int kVectors>
 void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* out) {
-  constexpr int n = 8 / HOTLOOP_CALLS;
-  Words c0[n], c1[n], c2[n], c3[n];
-  for (int i = 0; i < n; ++i) {
+  Words c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
     c0[i] = kOrder + (call + i * HOTLOOP_CALLS);
     c1[i] = c0[i] >> 32;
     c2[i] = Words{} + u.step;
@@ -65,7 +66,7 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* out) {
   uint32_t key0 = static_cast<uint32_t>(u.seed), key1 = static_cast<uint32_t>(u.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const Words product0 = product(c0[i], Words{} + 0xD2511F53), product1 = product(c2[i], Words{} + 0xCD9E8D57);
       c0[i] = (product1 >> 32) ^ c1[i] ^ (Words{} + key0);
       c1[i] = product1;
@@ -75,13 +76,17 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* out) {
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
-  for (int i = 0; i < n; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     const Words first = (c0[i] & 0xFFFFFFFF) | c1[i] << 32, second = (c2[i] & 0xFFFFFFFF) | c3[i] << 32;
     const Words words[2] = {low_lanes(first, second), high_lanes(first, second)};
     std::memcpy(out + 8 * HOTLOOP_CALLS * i, words, sizeof words);
   }
 }
+constexpr int kDrawn = HOTLOOP_CALLS == 8 ? 4 : 2;  // as many as there are registers for
+constexpr int kCalls = kDrawn * HOTLOOP_CALLS;
 #else
+constexpr int kCalls = 8, kDrawn = 1;
+template <int>
 void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < 8; ++i) {
@@ -104,24 +109,17 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* __restrict 
 }
 #endif
 
-// 16 random bits for each element of a block whose first one has the logical index `start`.
+// 16 random bits for each of the n elements of a block, the first of which has the logical index `start`.
 struct Noise {
-  Noise(const Update& u, uint32_t stream, int64_t start)
-      : u(u), stream(stream), call(static_cast<uint64_t>(start + 7) / 8), lead(static_cast<int>(-start & 7)) {}
-  void begin() {
-    if (lead > 0) draw(call - 8, u, stream, room);  // the last of these calls serves the first elements
+  const uint16_t* draw_block(const Update& u, uint32_t stream, int64_t start, int n) {
+    const uint64_t first = static_cast<uint64_t>(start) / 8;
+    const int skipped = static_cast<int>(start % 8);
+    int calls = 0;
+    for (; calls < n / 8; calls += kCalls) draw<kDrawn>(first + calls, u, stream, room + 8 * calls);
+    if (8 * calls < skipped + n) draw<1>(first + calls, u, stream, room + 8 * calls);
+    return room + skipped;
   }
-  const uint16_t* piece(int j) {
-    draw(call + j / 8, u, stream, room + kPiece + j);
-    return of_block() + j;
-  }
-  const uint16_t* of_block() const { return room + kPiece - lead; }
-
-  const Update& u;
-  const uint32_t stream;
-  const uint64_t call;
-  const int lead;
-  alignas(64) uint16_t room[kPiece + kBlock];
+  alignas(64) uint16_t room[kBlock + 64];
 };
 
 // 8-bit moments: see kernels/optimizers/quantised.py for the map.
@@ -172,16 +170,67 @@ inline uint8_t quantise(float x, float reciprocal, uint16_t noise) {
   return static_cast<uint8_t>(code | ((bits >> 24) & 128));
 }
 
+#if HOTLOOP_CALLS == 8
+// `quantise` with the numbers that depend on z looked up by the last 5 bits of u's exponent: 31 stands for 127 (u = 1).
+template <bool kUnsigned>
+struct Pieces {
+  constexpr Pieces() : power(), offset(), factor() {
+    constexpr int top = kUnsigned ? 7 : 6;
+    for (int i = 0; i < 32; ++i) {
+      const int z = i == 31 ? 0 : (30 - i) / 3 < top ? (30 - i) / 3 : top;
+      power[i] = static_cast<float>(1 << 3 * z);
+      offset[i] = z == top ? 1.0f : 0.75f;
+      factor[i] = z == top ? 1.0f : 1.14285719f * static_cast<float>(1 << (top - z));
+    }
+  }
+  alignas(64) float power[32], offset[32], factor[32];
+};
+
+inline __m512 look_up(const float* table, __m512i index) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+}
+
 template <bool kUnsigned, bool kStochastic>
-void quantise_block(const float* __restrict x, int n, float* scale, const uint16_t* __restrict noise, void* moment) {
+inline void quantise_piece(const float* x, float reciprocal, const uint16_t* noise, uint8_t* codes) {
+  static constexpr Pieces<kUnsigned> pieces;
+  for (int j = 0; j < kPiece; j += 16) {
+    const __m512i bits = _mm512_loadu_si512(x + j);
+    const __m512 u = _mm512_mul_ps(_mm512_abs_ps(_mm512_castsi512_ps(bits)), _mm512_set1_ps(reciprocal));
+    // Below 8^-top all numbers are treated alike: 127 - 96 is an exponent of one of them.
+    const __m512i exponent = _mm512_max_epi32(_mm512_srli_epi32(_mm512_castps_si512(u), 23), _mm512_set1_epi32(96));
+    const __m512 v = _mm512_mul_ps(u, look_up(pieces.power, exponent));
+    __m512 t = _mm512_mul_ps(_mm512_add_ps(v, look_up(pieces.offset, exponent)), look_up(pieces.factor, exponent));
+    __m512i code;
+    if constexpr (kStochastic) {
+      const __m512i drawn = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(noise + j)));
+      t = _mm512_add_ps(t, _mm512_mul_ps(_mm512_cvtepi32_ps(drawn), _mm512_set1_ps(0x1p-16f)));
+      code = _mm512_sub_epi32(_mm512_cvttps_epi32(t), _mm512_set1_epi32(1));
+    } else {
+      const __m512i counted = _mm512_castps_si512(_mm512_add_ps(t, _mm512_set1_ps(0x1p23f)));
+      code = _mm512_sub_epi32(counted, _mm512_set1_epi32(0x4B000001));
+    }
+    code = _mm512_min_epu32(code, _mm512_set1_epi32(kUnsigned ? 255 : 127));
+    if constexpr (kUnsigned) code = _mm512_max_epi32(code, _mm512_min_epi32(bits, _mm512_set1_epi32(1)));
+    else code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(128)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), _mm512_cvtepi32_epi8(code));
+  }
+}
+#else
+template <bool kUnsigned, bool kStochastic>
+inline void quantise_piece(const float* __restrict x, float reciprocal, const uint16_t* __restrict noise,
+                           uint8_t* __restrict codes) {
+#pragma omp simd
+  for (int j = 0; j < kPiece; ++j)
+    codes[j] = quantise<kUnsigned, kStochastic>(x[j], reciprocal, kStochastic ? noise[j] : 0);
+}
+#endif
+
+template <bool kUnsigned, bool kStochastic>
+void quantise_block(const float* x, int n, float* scale, const uint16_t* noise, void* moment) {
   *scale = block_scale(x, n);
   const float reciprocal = 1.0f / *scale;
-  uint8_t* __restrict codes = static_cast<uint8_t*>(moment);
-  for (int i = 0; i < n; i += kPiece) {
-#pragma omp simd
-    for (int j = i; j < i + kPiece; ++j)
-      codes[j] = quantise<kUnsigned, kStochastic>(x[j], reciprocal, kStochastic ? noise[j] : 0);
-  }
+  for (int i = 0; i < n; i += kPiece)
+    quantise_piece<kUnsigned, kStochastic>(x + i, reciprocal, noise + i, static_cast<uint8_t*>(moment) + i);
 }
 
 // The rules: p and the moments are read and written.
@@ -269,15 +318,14 @@ void update_block(const Update& u, const Block& b, int n) {
   alignas(64) float p_room[kPiece], g_room[kPiece], m_room[2][kQuantised ? kBlock : kPiece];
   const R rule(u);
   const bool param_noise = u.stochastic && u.param == Type::bf16 && !b.master;
-  Noise noise[3] = {{u, 0, b.start}, {u, 1, b.start}, {u, 2, b.start}};
+  Noise rooms[3];
   const float scale0 = kQuantised ? *b.scales[0] : 0.0f, scale1 = kQuantised && R::kMoments > 1 ? *b.scales[1] : 0.0f;
-  for (int k = 1; kStochastic && k <= R::kMoments; ++k) noise[k].begin();
-  if (param_noise) noise[0].begin();
+  const uint16_t* noise[3] = {};
+  if (param_noise) noise[0] = rooms[0].draw_block(u, 0, b.start, n);
+  for (int k = 1; kStochastic && k <= R::kMoments; ++k) noise[k] = rooms[k].draw_block(u, k, b.start, n);
   for (int i = 0; i < n; i += kPiece) {
     float* p = b.master ? static_cast<float*>(b.master) + i : read(u.param, b.param, i, kPiece, p_room);
     const float* g = read(u.grad, b.grad, i, kPiece, g_room);
-    const uint16_t *noise0 = kStochastic ? noise[1].piece(i) : nullptr,
-                   *noise1 = kStochastic && R::kMoments > 1 ? noise[2].piece(i) : nullptr;
     Stored *m0 = static_cast<Stored*>(b.moments[0]) + i, *m1 = static_cast<Stored*>(b.moments[1]) + i;
     float *room0 = m_room[0] + (kQuantised ? i : 0), *room1 = m_room[1] + (kQuantised ? i : 0);
 #pragma omp simd
@@ -287,15 +335,14 @@ void update_block(const Update& u, const Block& b, int n) {
       if constexpr (R::kMoments > 1) v = load<1>(m1[j], scale1);
       rule(x, g[j], m, v);
       p[j] = x;
-      if constexpr (R::kMoments > 0) store<kStochastic>(m0[j], m, noise0 + j, room0 + j);
-      if constexpr (R::kMoments > 1) store<kStochastic>(m1[j], v, noise1 + j, room1 + j);
+      if constexpr (R::kMoments > 0) store<kStochastic>(m0[j], m, noise[1] + i + j, room0 + j);
+      if constexpr (R::kMoments > 1) store<kStochastic>(m1[j], v, noise[2] + i + j, room1 + j);
     }
     if (u.param == Type::bf16) {
       uint16_t* param = static_cast<uint16_t*>(b.param) + i;
-      const uint16_t* bits = param_noise ? noise[0].piece(i) : nullptr;
       if (param_noise) {
 #pragma omp simd
-        for (int j = 0; j < kPiece; ++j) param[j] = round_stochastic(p[j], bits[j]);
+        for (int j = 0; j < kPiece; ++j) param[j] = round_stochastic(p[j], noise[0][i + j]);
       } else {
 #pragma omp simd
         for (int j = 0; j < kPiece; ++j) param[j] = round_nearest(p[j]);
@@ -303,9 +350,9 @@ void update_block(const Update& u, const Block& b, int n) {
     }
   }
   if constexpr (kQuantised) {
-    quantise_block<false, kStochastic>(m_room[0], n, b.scales[0], noise[1].of_block(), b.moments[0]);
+    quantise_block<false, kStochastic>(m_room[0], n, b.scales[0], noise[1], b.moments[0]);
     if constexpr (R::kMoments > 1)
-      quantise_block<true, kStochastic>(m_room[1], n, b.scales[1], noise[2].of_block(), b.moments[1]);
+      quantise_block<true, kStochastic>(m_room[1], n, b.scales[1], noise[2], b.moments[1]);
   }
 }
 
