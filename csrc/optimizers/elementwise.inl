@@ -22,6 +22,15 @@ inline float float_of(uint32_t bits) {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// a * b + c where the product is exact, so that contraction changes no bit.
+inline float add_exact_product(float a, float b, float c) {
+#if HOTLOOP_CALLS > 1
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline float widen(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
 inline uint16_t round_nearest(float x) {
@@ -63,18 +72,15 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* out) {
     c2[i] = Words{} + u.step;
     c3[i] = Words{} + stream;
   }
-  uint32_t key0 = static_cast<uint32_t>(u.seed), key1 = static_cast<uint32_t>(u.seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < kVectors; ++i) {
       const Words product0 = product(c0[i], Words{} + 0xD2511F53), product1 = product(c2[i], Words{} + 0xCD9E8D57);
-      c0[i] = (product1 >> 32) ^ c1[i] ^ (Words{} + key0);
+      c0[i] = (product1 >> 32) ^ c1[i] ^ (Words{} + u.keys[round][0]);
       c1[i] = product1;
-      c2[i] = (product0 >> 32) ^ c3[i] ^ (Words{} + key1);
+      c2[i] = (product0 >> 32) ^ c3[i] ^ (Words{} + u.keys[round][1]);
       c3[i] = product0;
     }
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
   }
   for (int i = 0; i < kVectors; ++i) {
     const Words first = (c0[i] & 0xFFFFFFFF) | c1[i] << 32, second = (c2[i] & 0xFFFFFFFF) | c3[i] << 32;
@@ -82,8 +88,7 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* out) {
     std::memcpy(out + 8 * HOTLOOP_CALLS * i, words, sizeof words);
   }
 }
-constexpr int kDrawn = HOTLOOP_CALLS == 8 ? 4 : 2;  // as many as there are registers for
-constexpr int kCalls = kDrawn * HOTLOOP_CALLS;
+constexpr int kDrawn = 4, kCalls = kDrawn * HOTLOOP_CALLS;
 #else
 constexpr int kCalls = 8, kDrawn = 1;
 template <int>
@@ -92,16 +97,13 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* __restrict 
   for (int i = 0; i < 8; ++i) {
     const uint64_t index = call + i;
     uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = u.step, c3 = stream;
-    uint32_t key0 = static_cast<uint32_t>(u.seed), key1 = static_cast<uint32_t>(u.seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
-      c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+      c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ static_cast<uint32_t>(u.keys[round][0]);
       c1 = static_cast<uint32_t>(product1);
-      c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+      c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ static_cast<uint32_t>(u.keys[round][1]);
       c3 = static_cast<uint32_t>(product0);
-      key0 += 0x9E3779B9;
-      key1 += 0xBB67AE85;
     }
     const uint32_t words[4] = {c0, c1, c2, c3};
     for (int k = 0; k < 8; ++k) out[8 * i + k] = static_cast<uint16_t>(words[k / 2] >> 16 * (k % 2));
@@ -124,13 +126,13 @@ struct Noise {
 
 // 8-bit moments: see kernels/optimizers/quantised.py for the map.
 
-// With P = 2^L and n = 7 (c + 1) - 6 P, an integer below 2^11, the value of a code c is n P^2 / 8^(top + 1): exact, in any
-// order. Zero's P is zero.
+// With P = 2^L the value of a code c is (7 (c + 1) - 6 P) P^2 / 8^(top + 1). A sum of two products of integers below 2^11 and
+// powers of two: exact, in any order. Zero's P is zero.
 template <bool kUnsigned>
 inline float dequantise(uint8_t code, float scale) {
   const float c = static_cast<float>(kUnsigned ? code : code & 127);
   const float power = float_of(bits_of(c) & 0x7F800000);
-  const float magnitude = (c * 7.0f + 7.0f - power * 6.0f) * (power * power * (kUnsigned ? 0x1p-24f : 0x1p-21f));
+  const float magnitude = add_exact_product(power, -6.0f, add_exact_product(c, 7.0f, 7.0f)) * (power * power * (kUnsigned ? 0x1p-24f : 0x1p-21f));
   return float_of(bits_of(magnitude) ^ (kUnsigned ? 0 : static_cast<uint32_t>(code & 128) << 24)) * scale;
 }
 
@@ -159,7 +161,7 @@ inline uint8_t quantise(float x, float reciprocal, uint16_t noise) {
   const float factor = z == top ? 1.0f : float_of(bits_of(1.14285719f) + ((top - z) << 23));
   const float t = (v + offset) * factor;
   // t is in [1, 256]: adding 2^23 rounds to the nearest even integer, cutting rounds down.
-  const uint32_t counted = kStochastic ? static_cast<uint32_t>(static_cast<int32_t>(t + noise * 0x1p-16f))
+  const uint32_t counted = kStochastic ? static_cast<uint32_t>(static_cast<int32_t>(add_exact_product(noise, 0x1p-16f, t)))
                                        : bits_of(t + 0x1p23f) - bits_of(0x1p23f);
   uint32_t code = counted - 1;
   code = code > largest ? largest : code;  // of NaN, too
@@ -203,7 +205,7 @@ inline void quantise_piece(const float* x, float reciprocal, const uint16_t* noi
     __m512i code;
     if constexpr (kStochastic) {
       const __m512i drawn = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(noise + j)));
-      t = _mm512_add_ps(t, _mm512_mul_ps(_mm512_cvtepi32_ps(drawn), _mm512_set1_ps(0x1p-16f)));
+      t = _mm512_fmadd_ps(_mm512_cvtepi32_ps(drawn), _mm512_set1_ps(0x1p-16f), t);  // the product is exact
       code = _mm512_sub_epi32(_mm512_cvttps_epi32(t), _mm512_set1_epi32(1));
     } else {
       const __m512i counted = _mm512_castps_si512(_mm512_add_ps(t, _mm512_set1_ps(0x1p23f)));
