@@ -126,13 +126,14 @@ struct Noise {
 
 // 8-bit moments: see kernels/optimizers/quantised.py for the map.
 
-// With P = 2^L the value of a code c is (7 (c + 1) - 6 P) P^2 / 8^(top + 1). A sum of two products of integers below 2^11 and
-// powers of two: exact, in any order. Zero's P is zero.
+// With P = 2^L and the power of two k = 8^-(top + 1), the value of a code c is (7 k (c + 1) - 6 k P) P^2, which is exact:
+// an integer below 2^11 and powers of two. Zero's P is zero.
 template <bool kUnsigned>
 inline float dequantise(uint8_t code, float scale) {
+  constexpr float k = kUnsigned ? 0x1p-24f : 0x1p-21f;
   const float c = static_cast<float>(kUnsigned ? code : code & 127);
   const float power = float_of(bits_of(c) & 0x7F800000);
-  const float magnitude = add_exact_product(power, -6.0f, add_exact_product(c, 7.0f, 7.0f)) * (power * power * (kUnsigned ? 0x1p-24f : 0x1p-21f));
+  const float magnitude = add_exact_product(power, -6.0f * k, add_exact_product(c, 7.0f * k, 7.0f * k)) * (power * power);
   return float_of(bits_of(magnitude) ^ (kUnsigned ? 0 : static_cast<uint32_t>(code & 128) << 24)) * scale;
 }
 
@@ -195,7 +196,9 @@ inline __m512 look_up(const float* table, __m512i index) {
 template <bool kUnsigned, bool kStochastic>
 inline void quantise_piece(const float* x, float reciprocal, const uint16_t* noise, uint8_t* codes) {
   static constexpr Pieces<kUnsigned> pieces;
-  for (int j = 0; j < kPiece; j += 16) {
+  __m512i all[4];
+  for (int i = 0; i < 4; ++i) {
+    const int j = 16 * i;
     const __m512i bits = _mm512_loadu_si512(x + j);
     const __m512 u = _mm512_mul_ps(_mm512_abs_ps(_mm512_castsi512_ps(bits)), _mm512_set1_ps(reciprocal));
     // Below 8^-top all numbers are treated alike: 127 - 96 is an exponent of one of them.
@@ -214,8 +217,12 @@ inline void quantise_piece(const float* x, float reciprocal, const uint16_t* noi
     code = _mm512_min_epu32(code, _mm512_set1_epi32(kUnsigned ? 255 : 127));
     if constexpr (kUnsigned) code = _mm512_max_epi32(code, _mm512_min_epi32(bits, _mm512_set1_epi32(1)));
     else code = _mm512_or_si512(code, _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(128)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), _mm512_cvtepi32_epi8(code));
+    all[i] = code;
   }
+  // Packing works within 128 bits.
+  const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(all[0], all[1]), _mm512_packus_epi32(all[2], all[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, packed));
 }
 #else
 template <bool kUnsigned, bool kStochastic>
@@ -226,14 +233,6 @@ inline void quantise_piece(const float* __restrict x, float reciprocal, const ui
     codes[j] = quantise<kUnsigned, kStochastic>(x[j], reciprocal, kStochastic ? noise[j] : 0);
 }
 #endif
-
-template <bool kUnsigned, bool kStochastic>
-void quantise_block(const float* x, int n, float* scale, const uint16_t* noise, void* moment) {
-  *scale = block_scale(x, n);
-  const float reciprocal = 1.0f / *scale;
-  for (int i = 0; i < n; i += kPiece)
-    quantise_piece<kUnsigned, kStochastic>(x + i, reciprocal, noise + i, static_cast<uint8_t*>(moment) + i);
-}
 
 // The rules: p and the moments are read and written.
 
@@ -352,9 +351,16 @@ void update_block(const Update& u, const Block& b, int n) {
     }
   }
   if constexpr (kQuantised) {
-    quantise_block<false, kStochastic>(m_room[0], n, b.scales[0], noise[1], b.moments[0]);
-    if constexpr (R::kMoments > 1)
-      quantise_block<true, kStochastic>(m_room[1], n, b.scales[1], noise[2], b.moments[1]);
+    // Both scales first: a maximum and its reciprocal have a long latency.
+    const float new0 = block_scale(m_room[0], n), new1 = R::kMoments > 1 ? block_scale(m_room[1], n) : 1.0f;
+    const float reciprocal0 = 1.0f / new0, reciprocal1 = 1.0f / new1;
+    *b.scales[0] = new0;
+    if (R::kMoments > 1) *b.scales[1] = new1;
+    for (int i = 0; i < n; i += kPiece) {
+      Stored *m0 = static_cast<Stored*>(b.moments[0]) + i, *m1 = static_cast<Stored*>(b.moments[1]) + i;
+      quantise_piece<false, kStochastic>(m_room[0] + i, reciprocal0, noise[1] + i, m0);
+      if constexpr (R::kMoments > 1) quantise_piece<true, kStochastic>(m_room[1] + i, reciprocal1, noise[2] + i, m1);
+    }
   }
 }
 
