@@ -1,8 +1,8 @@
 // The codes of 8-bit moments; see kernels/optimizers/quantised.py for the map. Part of elementwise.inl.
 //
 // A piece z of the map is (v + offset) * factor with v = u * 8^z, the last one (z = top) with other numbers than the
-// others. Products by powers of two are exact here, so that they may be done in any order. t is in [1, 256]: adding 2^23
-// rounds it to the nearest even integer, cutting rounds down.
+// others. Products by powers of two are exact here, so that they may be done in any order. t is in [1, 256]: adding
+// 2^23 rounds it to the nearest even integer, cutting rounds down.
 
 // With P = 2^L and the power of two k = 8^-(top + 1), the value of a code c is (7 k (c + 1) - 6 k P) P^2, exact: an
 // integer below 2^11 and powers of two. Zero's P is zero.

@@ -2,7 +2,7 @@
 // one pass: moments are widened, updated and rounded in registers, while the divider is busy with others. Loops have a
 // constant length; ragged blocks are copied to where they are filled up with zeros.
 //
-// ns per element (Zen 4, AVX-512, data in the second-level cache): 0.37 for the root and the two divisions, 0.17 for the
+// ns per element (Zen 4, AVX-512, data in the second-level cache): 0.37 for a root and two divisions, 0.17 for the
 // random bits of a moment, 0.06 to round with them, 0.17 and 0.11 to dequantise, 0.2 to quantise. AdamW: 0.44 in fp32,
 // 0.48 with bf16 moments (0.84 stochastic), 1.02 with 8-bit ones (1.46).
 //
