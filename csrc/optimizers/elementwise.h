@@ -33,6 +33,7 @@ struct Update {
   float factor;
   float scalars[3];    // adamw: decay, step_size, bias2_sqrt; lion: decay, lr; sgd: lr
   float constants[5];  // adamw: beta1, 1 - beta1, beta2, 1 - beta2, eps; lion: the first four; sgd: momentum, decay
+  uint64_t keys[10][2];  // of Philox's rounds; `update` fills them in from the seed
 };
 
 // What is compiled for each instruction set.
@@ -43,7 +44,7 @@ struct Kernels {
   double (*sum_of_squares)(Type, int64_t grad, int64_t begin, int64_t count);
 };
 
-void update(const Update& update, const std::vector<int64_t>& table, int threads);
+void update(Update update, const std::vector<int64_t>& table, int threads);
 double sum_of_squares(const std::vector<int64_t>& table, int threads);  // rows of (address, elements, type)
 
 }  // namespace hotloop::optimizers

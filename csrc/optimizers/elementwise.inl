@@ -1,9 +1,18 @@
-// Compiled for each instruction set; see common/targets.h. Loops over up to 256 elements that stay in the first-level
-// cache: what is stored in fp32 is updated where it lies, all else is widened, updated and rounded back.
+// Compiled for each instruction set; see common/targets.h. A block of up to 256 elements is updated in pieces of 64, in
+// one pass: moments are widened, updated and rounded in registers, while the divider is busy with others. Loops have a
+// constant length; ragged blocks are copied to where they are filled up with zeros.
+//
+// ns per element (Zen 4, AVX-512, data in the second-level cache): 0.37 for a root and two divisions, 0.17 for the
+// random bits of a moment, 0.06 to round with them, 0.17 and 0.11 to dequantise, 0.2 to quantise. AdamW: 0.44 in fp32,
+// 0.48 with bf16 moments (0.84 stochastic), 1.02 with 8-bit ones (1.46).
 //
 // No use of AVX-512's bf16 conversion (vcvtneps2bf16): it takes denormals for zero, and the reference keeps them.
 
 namespace {
+
+constexpr int kPiece = 64;
+
+constexpr int64_t size_of(Type type) { return type == Type::fp32 ? 4 : type == Type::bf16 ? 2 : 1; }
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -19,220 +28,221 @@ inline float float_of(uint32_t bits) {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline float power_of_two(int32_t e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
-
-void widen(const uint16_t* __restrict x, int n, float* __restrict out) {
-#pragma omp simd
-  for (int j = 0; j < n; ++j) out[j] = float_of(static_cast<uint32_t>(x[j]) << 16);
+// a * b + c where the product is exact, so that contraction changes no bit.
+inline float add_exact_product(float a, float b, float c) {
+#if HOTLOOP_CALLS > 1
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
 
-void round_nearest(const float* __restrict x, int n, uint16_t* __restrict out) {
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    const uint32_t bits = bits_of(x[j]);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    out[j] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-  }
+inline float widen(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
+
+inline uint16_t round_nearest(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-void round_stochastic(const float* __restrict x, const uint16_t* __restrict noise, int n, uint16_t* __restrict out) {
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    const uint32_t bits = bits_of(x[j]);
-    const uint32_t finite = (bits & 0x7F800000) != 0x7F800000 ? 0xFFFFFFFF : 0;  // noise would make a NaN of inf
-    out[j] = static_cast<uint16_t>((bits + (noise[j] & finite)) >> 16);
-  }
+inline uint16_t round_stochastic(float x, uint16_t noise) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t finite = (bits & 0x7F800000) != 0x7F800000 ? 0xFFFFFFFF : 0;  // noise would make a NaN of inf
+  return static_cast<uint16_t>((bits + (noise & finite)) >> 16);
 }
 
-// 16 random bits for each of kBlock elements from the logical index `start` on: Philox-4x32-10, one call for 8 elements.
-struct Noise {
-  static constexpr int kCalls = kBlock / 8 + 1;
-  static constexpr int kPadded = 48;
-  alignas(64) uint32_t words[4 * kPadded];
-  const uint16_t* draw(int64_t start, uint64_t seed, uint32_t step, uint32_t stream) {
-    const uint64_t first = static_cast<uint64_t>(start) / 8;
-    const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma omp simd
-    for (int call = 0; call < kPadded; ++call) {
-      const uint64_t index = first + call;
-      uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = step, c3 = stream;
-      uint32_t k0 = key0, k1 = key1;
-#pragma GCC unroll 10
-      for (int round = 0; round < 10; ++round) {
-        const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
-        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-        c1 = static_cast<uint32_t>(product1);
-        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-        c3 = static_cast<uint32_t>(product0);
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-      }
-      words[4 * call] = c0;
-      words[4 * call + 1] = c1;
-      words[4 * call + 2] = c2;
-      words[4 * call + 3] = c3;
-    }
-    for (int i = 0; i < 4 * kCalls; ++i) {  // the low half is the earlier element's, whatever the machine's byte order
-      halves[2 * i] = static_cast<uint16_t>(words[i]);
-      halves[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
-    }
-    return halves + start % 8;
+#include "optimizers/noise.inl"
+#include "optimizers/codes.inl"
+
+// The rules: p and the moments are read and written.
+
+struct AdamW {
+  static constexpr int kMoments = 2;
+  explicit AdamW(const Update& u)
+      : factor(u.maximize ? -u.factor : u.factor), decay(u.scalars[0]), step_size(u.scalars[1]),
+        bias2_sqrt(u.scalars[2]), beta1(u.constants[0]), rest1(u.constants[1]), beta2(u.constants[2]),
+        rest2(u.constants[3]), eps(u.constants[4]) {}
+  void operator()(float& p, float g, float& m, float& v) const {
+    g = g * factor;
+    m = m * beta1 + g * rest1;
+    v = v * beta2 + g * rest2 * g;
+    p = p * decay - step_size * m / (__builtin_sqrtf(v) / bias2_sqrt + eps);
   }
-  alignas(64) uint16_t halves[8 * kPadded];
+  float factor, decay, step_size, bias2_sqrt, beta1, rest1, beta2, rest2, eps;
 };
 
-// 8-bit moments: see kernels/optimizers/quantised.py for the map.
-
-void dequantise(const uint8_t* __restrict codes, float scale, bool is_unsigned, int n, float* __restrict out) {
-  const int32_t top = is_unsigned ? 7 : 6, mask = is_unsigned ? 255 : 127;
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    const int32_t c = codes[j], magnitude = c & mask;
-    const int32_t log2 = static_cast<int32_t>(bits_of(static_cast<float>(magnitude)) >> 23) - 127;
-    const float fraction = static_cast<float>(magnitude + 1) * power_of_two(-log2) * 0.875f - 0.75f;
-    const float value = magnitude > 0 ? fraction * power_of_two(3 * (log2 - top)) : 0.0f;
-    out[j] = (c > mask ? -value : value) * scale;
+struct Lion {
+  static constexpr int kMoments = 1;
+  explicit Lion(const Update& u)
+      : factor(u.maximize ? -u.factor : u.factor), decay(u.scalars[0]), lr(u.scalars[1]), beta1(u.constants[0]),
+        rest1(u.constants[1]), beta2(u.constants[2]), rest2(u.constants[3]) {}
+  void operator()(float& p, float g, float& m, float&) const {
+    g = g * factor;
+    const float direction = m * beta1 + g * rest1;
+    p = p * decay - (direction > 0 ? lr : direction < 0 ? -lr : 0.0f);
+    m = m * beta2 + g * rest2;
   }
-}
-
-float block_scale(const float* __restrict x, int n) {
-  uint32_t largest = bits_of(0x1p-126f);  // bits of numbers without a sign are ordered as the numbers are
-#pragma omp simd reduction(max : largest)
-  for (int j = 0; j < n; ++j) {
-    const uint32_t magnitude = bits_of(x[j]) & 0x7FFFFFFF;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return float_of(largest);
-}
-
-template <bool kStochastic>
-void quantise(const float* __restrict x, float reciprocal, bool is_unsigned, const uint16_t* __restrict noise, int n,
-              uint8_t* __restrict codes) {
-  const int32_t top = is_unsigned ? 7 : 6, largest = is_unsigned ? 255 : 127, sign_bit = is_unsigned ? 0 : 128;
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    const uint32_t bits = bits_of(x[j]);
-    const float u = float_of(bits & 0x7FFFFFFF) * reciprocal;
-    int32_t z = 126 - static_cast<int32_t>(bits_of(u) >> 23);
-    z = z < 0 ? 0 : z > 23 ? 23 : z;
-    z = (z * 43) >> 7;
-    z = z > top ? top : z;
-    const float v = u * power_of_two(3 * z);
-    const float inner = (v + 0.75f) * 1.14285719f * power_of_two(top - z);
-    float t = z == top ? v + 1.0f : inner;
-    // t is in [1, 256]: adding and taking away 2^23 rounds to the nearest even integer, cutting rounds down.
-    t = kStochastic ? t + static_cast<float>(noise[j]) * 0x1p-16f : (t + 0x1p23f) - 0x1p23f;
-    int32_t code = static_cast<int32_t>(t) - 1;
-    code = code > largest ? largest : code;
-    code = is_unsigned && code == 0 && static_cast<int32_t>(bits) > 0 ? 1 : code;
-    codes[j] = static_cast<uint8_t>(code + (bits >> 31 ? sign_bit : 0));
-  }
-}
-
-// The rules. Each pointer is read and written in place.
-
-void adamw(const Update& u, int n, float* __restrict p, const float* __restrict g0, float* __restrict m0,
-           float* __restrict v0) {
-  const float factor = u.factor, sign = u.maximize ? -1.0f : 1.0f;
-  const float decay = u.scalars[0], step_size = u.scalars[1], bias2_sqrt = u.scalars[2];
-  const float beta1 = u.constants[0], rest1 = u.constants[1], beta2 = u.constants[2], rest2 = u.constants[3];
-  const float eps = u.constants[4];
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    const float g = g0[j] * factor * sign;
-    const float m = m0[j] * beta1 + g * rest1;
-    const float v = v0[j] * beta2 + g * rest2 * g;
-    p[j] = p[j] * decay - step_size * m / (__builtin_sqrtf(v) / bias2_sqrt + eps);
-    m0[j] = m;
-    v0[j] = v;
-  }
-}
-
-void lion(const Update& u, int n, float* __restrict p, const float* __restrict g0, float* __restrict m0) {
-  const float factor = u.factor, sign = u.maximize ? -1.0f : 1.0f, decay = u.scalars[0], lr = u.scalars[1];
-  const float beta1 = u.constants[0], rest1 = u.constants[1], beta2 = u.constants[2], rest2 = u.constants[3];
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    const float g = g0[j] * factor * sign;
-    const float direction = m0[j] * beta1 + g * rest1;
-    p[j] = p[j] * decay - (direction > 0 ? lr : direction < 0 ? -lr : 0.0f);
-    m0[j] = m0[j] * beta2 + g * rest2;
-  }
-}
+  float factor, decay, lr, beta1, rest1, beta2, rest2;
+};
 
 template <bool kMomentum, bool kNesterov>
-void sgd(const Update& u, int n, float* __restrict p, const float* __restrict g0, float* __restrict b0) {
-  const float factor = u.factor, sign = u.maximize ? -1.0f : 1.0f, lr = u.scalars[0];
-  const float momentum = u.constants[0], weight_decay = u.constants[1];
-#pragma omp simd
-  for (int j = 0; j < n; ++j) {
-    float direction = g0[j] * factor * sign + p[j] * weight_decay;
+struct Sgd {
+  static constexpr int kMoments = kMomentum ? 1 : 0;
+  explicit Sgd(const Update& u)
+      : factor(u.maximize ? -u.factor : u.factor), lr(u.scalars[0]), momentum(u.constants[0]),
+        weight_decay(u.constants[1]) {}
+  void operator()(float& p, float g, float& m, float&) const {
+    float direction = g * factor + p * weight_decay;
     if (kMomentum) {
-      const float b = b0[j] * momentum + direction;
-      direction = kNesterov ? direction + b * momentum : b;
-      b0[j] = b;
+      m = m * momentum + direction;
+      direction = kNesterov ? direction + m * momentum : m;
     }
-    p[j] = p[j] - lr * direction;
+    p = p - lr * direction;
   }
-}
+  float factor, lr, momentum, weight_decay;
+};
 
-void apply(const Update& u, int n, float* p, const float* g, float* m0, float* m1) {
-  if (u.rule == Rule::adamw) return adamw(u, n, p, g, m0, m1);
-  if (u.rule == Rule::lion) return lion(u, n, p, g, m0);
-  if (u.n_moments == 0) return sgd<false, false>(u, n, p, g, m0);
-  return u.nesterov ? sgd<true, true>(u, n, p, g, m0) : sgd<true, false>(u, n, p, g, m0);
-}
+// Addresses of one block's elements, and of its scales.
+struct Block {
+  void *param, *master, *grad, *moments[2];
+  float* scales[2];
+  int64_t start;
+};
 
 // Elements [i, i + n) of x as fp32: where they lie, or widened into `room`.
-float* read(Type type, int64_t x, int64_t i, int n, float* room) {
-  if (type == Type::fp32) return reinterpret_cast<float*>(x) + i;
-  widen(reinterpret_cast<const uint16_t*>(x) + i, n, room);
+inline float* read(Type type, void* x, int64_t i, int n, float* __restrict room) {
+  if (type == Type::fp32) return static_cast<float*>(x) + i;
+  const uint16_t* __restrict bf16 = static_cast<uint16_t*>(x) + i;
+#pragma omp simd
+  for (int j = 0; j < n; ++j) room[j] = widen(bf16[j]);
   return room;
 }
 
-void update_block(const Update& u, const Tensor& t, int64_t i, int n, int64_t block) {
-  alignas(64) float p_room[kBlock], g_room[kBlock], m_room[2][kBlock];
-  Noise noise;
-  const auto draw = [&](int stream) { return noise.draw(t.start + i, u.seed, u.step, stream); };
-  float* p = t.master ? reinterpret_cast<float*>(t.master) + i : read(u.param, t.param, i, n, p_room);
-  const float* g = read(u.grad, t.grad, i, n, g_room);
-  float* m[2] = {nullptr, nullptr};
-  for (int k = 0; k < u.n_moments; ++k) {
-    if (u.moment == Type::uint8) {
-      m[k] = m_room[k];
-      dequantise(reinterpret_cast<const uint8_t*>(t.moments[k]) + i, reinterpret_cast<float*>(t.scales[k])[block],
-                 k == 1, n, m[k]);
-    } else {
-      m[k] = read(u.moment, t.moments[k], i, n, m_room[k]);
+template <int kMoment, class Stored>
+inline float load(Stored x, float scale) {
+  if constexpr (sizeof x == 4) return x;
+  else if constexpr (sizeof x == 2) return widen(x);
+  else return dequantise<kMoment == 1>(x, scale);
+}
+
+// 8-bit moments are stored when the maximum of their block is known, until then they are in `room`.
+template <bool kStochastic, class Stored>
+inline void store(Stored& x, float value, const uint16_t* noise, float* room) {
+  if constexpr (sizeof x == 4) x = value;
+  else if constexpr (sizeof x == 2) x = kStochastic ? round_stochastic(value, *noise) : round_nearest(value);
+  else *room = value;
+}
+
+template <class R, class Stored, bool kStochastic>
+void update_block(const Update& u, const Block& b, int n) {
+  constexpr bool kQuantised = sizeof(Stored) == 1;
+  alignas(64) float p_room[kPiece], g_room[kPiece], m_room[2][kQuantised ? kBlock : kPiece];
+  const R rule(u);
+  const bool param_noise = u.stochastic && u.param == Type::bf16 && !b.master;
+  Noise rooms[3];
+  const float scale0 = kQuantised ? *b.scales[0] : 0.0f, scale1 = kQuantised && R::kMoments > 1 ? *b.scales[1] : 0.0f;
+  const uint16_t* noise[3] = {};
+  if (param_noise) noise[0] = rooms[0].draw_block(u, 0, b.start, n);
+  for (int k = 1; kStochastic && k <= R::kMoments; ++k) noise[k] = rooms[k].draw_block(u, k, b.start, n);
+  for (int i = 0; i < n; i += kPiece) {
+    float* p = b.master ? static_cast<float*>(b.master) + i : read(u.param, b.param, i, kPiece, p_room);
+    const float* g = read(u.grad, b.grad, i, kPiece, g_room);
+    Stored *m0 = static_cast<Stored*>(b.moments[0]) + i, *m1 = static_cast<Stored*>(b.moments[1]) + i;
+    float *room0 = m_room[0] + (kQuantised ? i : 0), *room1 = m_room[1] + (kQuantised ? i : 0);
+#pragma omp simd
+    for (int j = 0; j < kPiece; ++j) {
+      float x = p[j], m = 0.0f, v = 0.0f;
+      if constexpr (R::kMoments > 0) m = load<0>(m0[j], scale0);
+      if constexpr (R::kMoments > 1) v = load<1>(m1[j], scale1);
+      rule(x, g[j], m, v);
+      p[j] = x;
+      if constexpr (R::kMoments > 0) store<kStochastic>(m0[j], m, noise[1] + i + j, room0 + j);
+      if constexpr (R::kMoments > 1) store<kStochastic>(m1[j], v, noise[2] + i + j, room1 + j);
+    }
+    if (u.param == Type::bf16) {
+      uint16_t* param = static_cast<uint16_t*>(b.param) + i;
+      if (param_noise) {
+#pragma omp simd
+        for (int j = 0; j < kPiece; ++j) param[j] = round_stochastic(p[j], noise[0][i + j]);
+      } else {
+#pragma omp simd
+        for (int j = 0; j < kPiece; ++j) param[j] = round_nearest(p[j]);
+      }
     }
   }
-  apply(u, n, p, g, m[0], m[1]);
-  if (u.param == Type::bf16) {
-    uint16_t* param = reinterpret_cast<uint16_t*>(t.param) + i;
-    if (u.stochastic && !t.master) round_stochastic(p, draw(0), n, param);
-    else round_nearest(p, n, param);
-  }
-  for (int k = 0; k < u.n_moments; ++k) {
-    if (u.moment == Type::bf16) {
-      uint16_t* moment = reinterpret_cast<uint16_t*>(t.moments[k]) + i;
-      if (u.stochastic) round_stochastic(m[k], draw(k + 1), n, moment);
-      else round_nearest(m[k], n, moment);
-    } else if (u.moment == Type::uint8) {
-      uint8_t* codes = reinterpret_cast<uint8_t*>(t.moments[k]) + i;
-      const float scale = block_scale(m[k], n), reciprocal = 1.0f / scale;
-      reinterpret_cast<float*>(t.scales[k])[block] = scale;
-      if (u.stochastic) quantise<true>(m[k], reciprocal, k == 1, draw(k + 1), n, codes);
-      else quantise<false>(m[k], reciprocal, k == 1, nullptr, n, codes);
+  if constexpr (kQuantised) {
+    // Both scales first: a maximum and its reciprocal have a long latency.
+    const float new0 = block_scale(m_room[0], n), new1 = R::kMoments > 1 ? block_scale(m_room[1], n) : 1.0f;
+    const float reciprocal0 = 1.0f / new0, reciprocal1 = 1.0f / new1;
+    *b.scales[0] = new0;
+    if (R::kMoments > 1) *b.scales[1] = new1;
+    for (int i = 0; i < n; i += kPiece) {
+      Stored *m0 = static_cast<Stored*>(b.moments[0]) + i, *m1 = static_cast<Stored*>(b.moments[1]) + i;
+      quantise_piece<false, kStochastic>(m_room[0] + i, reciprocal0, noise[1] + i, m0);
+      if constexpr (R::kMoments > 1) quantise_piece<true, kStochastic>(m_room[1] + i, reciprocal1, noise[2] + i, m1);
     }
   }
 }
 
+using UpdateBlock = void (*)(const Update&, const Block&, int n);
+
+template <class R>
+UpdateBlock for_rule(const Update& u) {
+  if constexpr (R::kMoments > 0) {
+    const bool drawn = u.stochastic;
+    if (u.moment == Type::bf16) return drawn ? update_block<R, uint16_t, true> : update_block<R, uint16_t, false>;
+    if (u.moment == Type::uint8) return drawn ? update_block<R, uint8_t, true> : update_block<R, uint8_t, false>;
+  }
+  return update_block<R, float, false>;
+}
+
+UpdateBlock choose(const Update& u) {
+  if (u.rule == Rule::adamw) return for_rule<AdamW>(u);
+  if (u.rule == Rule::lion) return for_rule<Lion>(u);
+  if (u.n_moments == 0) return for_rule<Sgd<false, false>>(u);
+  return u.nesterov ? for_rule<Sgd<true, true>>(u) : for_rule<Sgd<true, false>>(u);
+}
+
+// A block whose length is no multiple of kPiece: in a copy that is filled up with zeros.
+void update_ragged(UpdateBlock run, const Update& u, const Block& block, int n) {
+  alignas(64) unsigned char rooms[5][4 * kBlock] = {};
+  Block copy = block;
+  const auto bytes = [n](Type type) { return static_cast<size_t>(n * size_of(type)); };
+  const struct {
+    void *original, **copied;
+    size_t bytes;
+  } all[] = {{block.param, &copy.param, bytes(u.param)},
+             {block.master, &copy.master, bytes(Type::fp32)},
+             {block.grad, &copy.grad, bytes(u.grad)},
+             {block.moments[0], &copy.moments[0], bytes(u.moment)},
+             {block.moments[1], &copy.moments[1], bytes(u.moment)}};
+  for (int k = 0; k < 5; ++k) {
+    if (!all[k].original) continue;
+    *all[k].copied = rooms[k];
+    std::memcpy(rooms[k], all[k].original, all[k].bytes);
+  }
+  run(u, copy, n);
+  for (const auto& x : all)
+    if (x.original && x.original != block.grad) std::memcpy(x.original, *x.copied, x.bytes);
+}
+
 void update_blocks(const Update& u, const Tensor& t, int64_t first, int64_t last) {
+  const UpdateBlock run = choose(u);
   const int64_t blocks = (t.row + kBlock - 1) / kBlock;
   int64_t row = first / blocks, column = first % blocks;
   for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = column * kBlock;
-    update_block(u, t, row * t.row + begin, static_cast<int>(smaller(kBlock, t.row - begin)), block);
+    const int64_t i = row * t.row + column * kBlock;
+    const int n = static_cast<int>(smaller(kBlock, t.row - column * kBlock));
+    const auto at = [i](int64_t x, Type type) { return x ? reinterpret_cast<void*>(x + i * size_of(type)) : nullptr; };
+    const auto scale = [block](int64_t x) { return x ? reinterpret_cast<float*>(x) + block : nullptr; };
+    const Block b = {at(t.param, u.param),
+                     at(t.master, Type::fp32),
+                     at(t.grad, u.grad),
+                     {at(t.moments[0], u.moment), at(t.moments[1], u.moment)},
+                     {scale(t.scales[0]), scale(t.scales[1])},
+                     t.start + i};
+    if (n % kPiece == 0) run(u, b, n);
+    else update_ragged(run, u, b, n);
     if (++column == blocks) {
       column = 0;
       ++row;
@@ -254,7 +264,7 @@ double chunk_sum(Type type, int64_t grad, int64_t begin, int64_t count) {
     const int64_t end = smaller(count, done + kRun);
     for (int64_t i = done; i < end; i += kLanes) {
       const int n = static_cast<int>(smaller(kLanes, end - i));
-      const float* __restrict x = read(type, grad, begin + i, n, room);
+      const float* __restrict x = read(type, reinterpret_cast<void*>(grad), begin + i, n, room);
       // A square of an fp32 number is exact in fp64: contraction could change no bit.
       if (n == kLanes) {
 #pragma omp simd

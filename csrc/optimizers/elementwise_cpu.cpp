@@ -6,24 +6,38 @@
 
 #include "common/targets.h"
 
-// No contraction anywhere: all of them give the same bits.
+#if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 says it of its own header, bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+// The compiler contracts nothing: all of them give the same bits.
 namespace hotloop::optimizers {
 
+#define HOTLOOP_CALLS 1  // of Philox in a vector of 64-bit lanes
 namespace baseline {
 #include "optimizers/elementwise.inl"
 }
+#undef HOTLOOP_CALLS
 
 #if defined(__x86_64__)
-HOTLOOP_TARGET_BEGIN("avx2,f16c")
+HOTLOOP_TARGET_BEGIN("avx2,fma,f16c")
+#define HOTLOOP_CALLS 4
 namespace avx2 {
 #include "optimizers/elementwise.inl"
 }
+#undef HOTLOOP_CALLS
 HOTLOOP_TARGET_END
 
-HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq" HOTLOOP_WIDE)
+HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma" HOTLOOP_WIDE)
+#define HOTLOOP_CALLS 8
 namespace avx512 {
 #include "optimizers/elementwise.inl"
 }
+#undef HOTLOOP_CALLS
 HOTLOOP_TARGET_END
 #endif
 
@@ -41,7 +55,11 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-void update(const Update& update, const std::vector<int64_t>& table, int threads) {
+void update(Update update, const std::vector<int64_t>& table, int threads) {
+  for (uint32_t round = 0; round < 10; ++round) {
+    update.keys[round][0] = static_cast<uint32_t>(update.seed) + round * 0x9E3779B9;
+    update.keys[round][1] = static_cast<uint32_t>(update.seed >> 32) + round * 0xBB67AE85;
+  }
   static_assert(sizeof(Tensor) == 10 * sizeof(int64_t));
   if (table.size() % 10 != 0) throw std::invalid_argument("the table has rows of 10 numbers");
   const Tensor* tensors = reinterpret_cast<const Tensor*>(table.data());
