@@ -177,6 +177,13 @@ class Machine:
         x, y, _ = self.launch.grid
         return (int(index % x), int(index // x % y), int(index // (x * y)))
 
+    def both_nan(self, index: int, a: Array, b: Array) -> Array:
+        """Where a store of floats writes NaN over NaN: a GPU's arithmetic has one NaN, numpy's that of an operand."""
+        kind = self.program.stored_float(index)
+        if kind is None or np.dtype(kind).itemsize != a.dtype.itemsize:
+            return np.zeros(len(a), bool)
+        return np.isnan(a.view(kind)) & np.isnan(b.view(kind))
+
     def report_conflict(self, index: int, lanes: Array | None, offset: Array, wrong: Array) -> None:
         """Lanes of one store that find another lane's value at their address."""
         at = int(np.flatnonzero(wrong)[0])

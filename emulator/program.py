@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from hotloop.emulator.counters import NAMES, Counters, Tally
 from hotloop.emulator.flow import blocks_of, maybe_undefined
 from hotloop.emulator.generator import Emitter, Generator
-from hotloop.emulator.syntax import Body, Instruction
+from hotloop.emulator.syntax import Body, Instruction, registers_of
 from hotloop.emulator.types import FLOAT, storage
 from hotloop.emulator.units import (
     async_copy,
@@ -101,6 +103,13 @@ class Program:
     def register_dtype(self, r: int) -> Any:
         t = self.body.registers[r]
         return FLOAT[t.bits] if self.generator.float_home[r] else storage(t)
+
+    def stored_float(self, index: int) -> Any:
+        """The float type of what this store writes, or None: registers that the kernel uses as floats of one width."""
+        values = self.body.instructions[index].operands[-1:]
+        kinds = {self.register_dtype(r) for o in values for r in registers_of(o)}
+        (kind,) = kinds if len(kinds) == 1 else (None,)
+        return kind if kind in (np.float32, np.float64) else None
 
     def counters(self, tally: Tally) -> Counters:
         """Per source line."""

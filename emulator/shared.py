@@ -270,6 +270,8 @@ class Shared:
         self.state[plan.granules] = plan.marks | ((self.machine.clocks.now << _CLOCK) | flags | DEFINED | GENERIC)
         wrong = data.take(plan.granules) != new
         if wrong.any():
+            wrong &= ~self.machine.both_nan(index, data.take(plan.granules), new)
+        if wrong.any():
             self._report(
                 "conflicting-stores",
                 index,

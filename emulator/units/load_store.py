@@ -138,7 +138,11 @@ def store_global(
     if undefined is not None or drop is not None:
         X.arena.shadow[offset[:, None] + np.arange(size)] |= np.uint8(DEFINED)
     if not order:
-        wrong = (fetch(X.arena.data, offset, size) != raw).any(1)
+        found = fetch(X.arena.data, offset, size)
+        wrong = (found != raw).any(1)
+        if wrong.any() and size in (4, 8):
+            words = UINT[8 * size]
+            wrong &= ~X.both_nan(k, np.ascontiguousarray(found).view(words)[:, 0], raw.view(words)[:, 0])
         if wrong.any():
             X.report_conflict(k, lanes, offset, wrong)
 

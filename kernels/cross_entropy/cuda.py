@@ -161,7 +161,8 @@ def _rows(
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a CTA may ask for."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
 
 
 def _refuse_others(logits: Tensor) -> None:

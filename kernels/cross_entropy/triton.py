@@ -11,8 +11,8 @@ from hotloop.kernels.cross_entropy.contract import Coefficients, Options, Rows
 from hotloop.kernels.dispatch import BackendError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Elements of a row that a program works on at a time: 16 a thread, two 128-bit accesses of bf16.
-MOST, THREADS_WORTH = 4096, 16
+# Elements of a row that a program works on at a time: 8 a thread, one 128-bit access of bf16. With 16, registers spill.
+MOST, THREADS_WORTH = 2048, 8
 
 
 def supports(input: Tensor, *_: object, **__: object) -> str | None:
@@ -128,7 +128,8 @@ def _rows(
         out, 0 if out is None else out.stride(0), dloss, 0 if dloss is None else dloss.stride(0), v,
         options.ignore_index, options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale,
         HAS_RESULTS=rows is not None, HAS_STATS=rows is not None and rows.predicted.shape[0] > 0,
-        HAS_GRADIENT=out is not None, HAS_WEIGHT=weight is not None, HAS_TOKEN_WEIGHT=token_weight is not None,
+        HAS_GRADIENT=out is not None, IS_ALIKE=out is not None and out.stride(0) == logits.stride(0),
+        HAS_WEIGHT=weight is not None, HAS_TOKEN_WEIGHT=token_weight is not None,
         HAS_SMOOTHING=options.label_smoothing > 0, HAS_Z_LOSS=options.z_loss != 0,
         HAS_SOFTCAP=options.softcap is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip

@@ -141,6 +141,7 @@ def rows_kernel(
     HAS_RESULTS: tl.constexpr,
     HAS_STATS: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
+    IS_ALIKE: tl.constexpr,  # the gradient's rows are as far apart as those of the logits
     HAS_WEIGHT: tl.constexpr,
     HAS_TOKEN_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
@@ -220,7 +221,7 @@ def rows_kernel(
             a += drow * (2.0 * z_loss) * row_lse
         inverse = 1.0 / total
         # The gradient's columns lie in `out` as the logits' in `logits`, but for where its row begins.
-        shift = out + (row * out_stride - begin)
+        shift = out if IS_ALIKE else out + (row * out_stride - begin)
         for k in range(count):
             at = aligned + k * BLOCK
             if (at < begin) | (at + BLOCK > end):

@@ -256,7 +256,9 @@ def test_each_tensor_is_read_once_and_written_once(program, rule, case, bytes_ea
 
 def machine_code(program: str, target: str, rule: str, case: tuple[str, str, str]) -> Any:
     if program == "cuda":
-        name = f"optimizer_{rule}{'_codes' if case[1] == 'int8' else ''}{'_stochastic' if case[2] == 'stochastic' else ''}"
+        name = (
+            f"optimizer_{rule}{'_codes' if case[1] == 'int8' else ''}{'_stochastic' if case[2] == 'stochastic' else ''}"
+        )
         return emulator.static(SOURCE, target, name=name, **NVCC)
     _, (update,) = prepared(rule, *case, shapes=[(64, 512)])
     gpu = in_triton(rule, update, torch.tensor(1.0), torch.tensor(1.0), target, {})
