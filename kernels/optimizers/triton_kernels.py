@@ -313,7 +313,7 @@ def halved(x, ROWS: tl.constexpr, N: tl.constexpr):
 def chunk_sum(address, begin, count, dtype: tl.constexpr, FAST: tl.constexpr):
     """Sum of squares of `count` elements, as `chunk_sums` of reference.py: (1, 1) fp64."""
     run = (tl.arange(0, 16) * 4096)[:, None]
-    lane = tl.arange(64)[None, :]
+    lane = tl.arange(0, 64)[None, :]
     total = tl.zeros((16, 64), tl.float64)
     for line in range(64):
         offsets = run + line * 64 + lane
