@@ -98,6 +98,8 @@ class OptimizerConfig:
     """Decay embeddings too, and with them a tied head."""
     max_grad_norm: float | None = 1.0
     """Global gradient norm is clipped to this; none: no clipping."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How AdamW's two means are stored: 8, 4 or 2 bytes a parameter. The narrow ones are rounded stochastically."""
 
 
 @dataclass(frozen=True)

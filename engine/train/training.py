@@ -51,7 +51,8 @@ class Training:
         self.optimizer = AdamW(
             parameter_groups(self.model, o),
             lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm,
-            master=self.policy.master, rounding=self.policy.rounding, seed=recipe.train.seed,
+            master=self.policy.master, state_dtype=o.moments, seed=recipe.train.seed,
+            rounding=self.policy.rounding if o.moments == "float32" else "stochastic",
         )  # fmt: skip
         self.guard = OutlierGuard(recipe.guards, self.ranks.device)
         self.budget = SkipBudget(recipe.guards)
