@@ -5,7 +5,9 @@
 | `cross_entropy`              | loss of logits                                                        |
 | `linear_cross_entropy`       | loss of hidden states and a projection weight                         |
 | `linear_cross_entropy_stats` | the same with nll, lse, z_loss, entropy, correct, predicted, n_valid  |
+| `linear_cross_entropy_plan`  | what both schedules would hold in memory                              |
 | `LinearCrossEntropy`         | the projection and its loss as a module                               |
+| `dropin`                     | PyTorch's and Liger's functions and modules by their own signatures    |
 
 Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks), `op.py`
 and `linear.py` (operators and public functions).
@@ -18,11 +20,14 @@ from hotloop.kernels.cross_entropy.linear import (
 )
 from hotloop.kernels.cross_entropy.module import LinearCrossEntropy
 from hotloop.kernels.cross_entropy.op import cross_entropy
+from hotloop.kernels.cross_entropy.plan import Plan, linear_cross_entropy_plan
 
 __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
+    "Plan",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_cross_entropy_plan",
     "linear_cross_entropy_stats",
 ]

@@ -10,7 +10,11 @@ from __future__ import annotations
 import torch
 
 CHUNK_BYTES = 256 << 20
-"""Logits that exist at a time."""
+"""Logits that exist at a time in `one_pass`."""
+RECOMPUTE_BYTES = 128 << 20
+"""What `recompute` holds beside inputs and gradients: logits, and sums in fp32 of narrow gradients."""
+PRODUCT_BYTES = 8 << 20
+"""A narrow product on its way into a sum in fp32; PyTorch widens it into another tensor."""
 MULTIPLE = 64
 """Chunks are multiples of this many rows (columns), so that matrix products have no ragged tiles in the middle."""
 BLOCK_ELEMENTS = 1_600_000
@@ -25,9 +29,26 @@ def chunk_rows(n: int, v: int, dtype: torch.dtype) -> int:
     return _equal_parts(n, CHUNK_BYTES // (max(v, 1) * dtype.itemsize))
 
 
-def tile_columns(n: int, v: int, dtype: torch.dtype) -> int:
+def recompute_rows(n: int, v: int, d: int, dtype: torch.dtype) -> int:
+    """Rows of logits at a time in the forward pass of `recompute`, whose room the backward pass keeps."""
+    return _equal_parts(n, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(v, 1) * dtype.itemsize))
+
+
+def tile_columns(n: int, v: int, d: int, dtype: torch.dtype) -> int:
     """Columns of the vocabulary whose gradient is computed at a time, for all rows."""
-    return _equal_parts(v, CHUNK_BYTES // (max(n, 1) * dtype.itemsize))
+    return _equal_parts(v, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(n, 1) * dtype.itemsize))
+
+
+def product_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Rows of a product that go into a sum at a time."""
+    return max(1, min(rows, PRODUCT_BYTES // (max(columns, 1) * dtype.itemsize)))
+
+
+def sum_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """What it takes to add products of narrow matrices in fp32; nothing for wide ones, whose sum is the gradient."""
+    if dtype.itemsize >= 4:
+        return 0
+    return (rows * 4 + product_rows(rows, columns, dtype) * (dtype.itemsize + 4)) * columns
 
 
 def block_rows(n: int, v: int, device_type: str) -> int:

@@ -162,15 +162,18 @@ class ProductSum:
         wide = accumulation_dtype(dtype)
         self.dtype = dtype
         self.sum = torch.empty(shape, dtype=dtype if steps == 1 else wide, device=device)
-        self.part = workspace("product", shape, dtype, device) if steps > 1 and dtype != wide else None
+        self.part = None
+        if steps > 1 and dtype != wide:
+            self.part = workspace("product", (config.product_rows(*shape, dtype), shape[1]), dtype, device)
         self.empty = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if self.part is None:
             self.sum.addmm_(a, b, beta=0 if self.empty else 1)
         else:
-            torch.mm(a, b, out=self.part)
-            self.sum.copy_(self.part) if self.empty else self.sum.add_(self.part)
+            for rows, total in zip(a.split(len(self.part)), self.sum.split(len(self.part)), strict=True):
+                part = torch.mm(rows, b, out=self.part[: len(rows)])
+                total.copy_(part) if self.empty else total.add_(part)
         self.empty = False
 
     def result(self) -> Tensor:
@@ -249,8 +252,8 @@ def recompute_forward(
     selection = Selection.choose(target, options.ignore_index, max_valid)
     h, t = selection.take(input), selection.take(target, options.ignore_index)
     token_weight = None if token_weight is None else selection.take(token_weight)
-    n, v = h.shape[0], linear_weight.shape[0]
-    step = config.chunk_rows(n, v, h.dtype)
+    (n, d), v = h.shape, linear_weight.shape[0]
+    step = config.recompute_rows(n, v, d, h.dtype)
     buffer = workspace("logits", (step if n else 0, v), h.dtype, h.device)
     parts = []
     for start in range(0, n, step):
@@ -284,7 +287,7 @@ def recompute_backward(
     (n, d), v = h.shape, linear_weight.shape[0]
     factors = row_coefficients(upstream, t, weight, token_weight, row_lse, v, options)
 
-    width = config.tile_columns(n, v, h.dtype)
+    width = config.tile_columns(n, v, d, h.dtype)
     starts = range(0, v, width) if n else range(0)
     buffer = workspace("logits", (n * width,), h.dtype, h.device)
     dh = ProductSum((n, d), h.dtype, h.device, len(starts)) if needs.input else None

@@ -654,7 +654,7 @@ def test_off_the_cpu_no_value_is_read(backend: str, max_valid: int | None):
 @pytest.mark.parametrize("n", [0, 1, 63, 2048, 100_000])
 @pytest.mark.parametrize("v", [1, 4096, 50_304, 262_144])
 def test_chunks(n: int, v: int, dtype: torch.dtype):
-    for count, size in ((n, config.chunk_rows(n, v, dtype)), (v, config.tile_columns(n, v, dtype))):
+    for count, size in ((n, config.chunk_rows(n, v, dtype)), (v, config.tile_columns(n, v, 64, dtype))):
         other = v if count == n else n
         assert 1 <= size <= max(count, 1)
         assert size == max(count, 1) or size % config.MULTIPLE == 0
