@@ -113,5 +113,7 @@ def serving(table: Table, dtype: torch.dtype = torch.float32, device: str = "cpu
 
 def small_blocks() -> Any:
     """Sizes at which small tensors go through several chunks, tiles and blocks, the last of them ragged."""
-    sizes = {"CHUNK_BYTES": 4 * 128, "RECOMPUTE_BYTES": 4 * 128, "PRODUCT_BYTES": 4 * 32}
-    return mock.patch.multiple(config, MULTIPLE=4, BLOCK_ELEMENTS=40, CAPACITY_MULTIPLE=4, **sizes)
+    return mock.patch.multiple(
+        config, CHUNK_BYTES=4 * 128, RECOMPUTE_BYTES=4 * 128, PRODUCT_BYTES=4 * 32, MULTIPLE=4, BLOCK_ELEMENTS=40,
+        CAPACITY_MULTIPLE=4,
+    )  # fmt: skip
