@@ -525,7 +525,11 @@ def test_a_backend_that_is_not_there(here: Path, hotloop: Hotloop, monkeypatch: 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_prepare_that_is_stopped_leaves_nothing(here: Path, number, code):
     (here / "documents/long.txt").write_text("".join(f"line {i} of a long document\n" for i in range(2_000_000)))
-    process = subprocess.Popen([*HOTLOOP, "prepare", "documents", "--out", "new"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*HOTLOOP, "prepare", "documents", "--out", "new"], stderr=subprocess.PIPE, text=True,
+        # A shell that runs these tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not list(here.glob(".aside-*-new")):
         assert process.poll() is None
         time.sleep(0.001)

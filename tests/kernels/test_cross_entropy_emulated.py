@@ -115,12 +115,17 @@ def test_rows(program, name, dtype, target, schedule, weights):
     check_rows(program, name, dtype, target, schedule, weights, [127, 9001] if name == "all" else [9001])
 
 
+EVERYTHING = [
+    (name, dtype, TARGETS[i % 3], [*SCHEDULES, {"schedule": "random", "seed": 2}][i % 3], i % 2 == 0)
+    for i, (name, dtype) in enumerate(itertools.product(OPTIONS, DTYPES))
+]
+
+
 @pytest.mark.slow
 @programs
-@pytest.mark.parametrize(("name", "dtype", "weights"), itertools.product(OPTIONS, DTYPES, (False, True)))
-def test_rows_of_every_width(program, name, dtype, weights):
-    for target, schedule in zip(TARGETS, (*SCHEDULES, {"schedule": "random", "seed": 2}), strict=True):
-        check_rows(program, name, dtype, target, schedule, weights, [1, 2, 5, 127, 128, 129, 1000, 4096, 4099, 9001])
+@pytest.mark.parametrize(("name", "dtype", "target", "schedule", "weights"), EVERYTHING)
+def test_rows_of_every_width(program, name, dtype, target, schedule, weights):
+    check_rows(program, name, dtype, target, schedule, weights, [1, 2, 5, 129, 1000, 2048, 4099])
 
 
 def check_rows(program, name, dtype, target, schedule, weights, widths):

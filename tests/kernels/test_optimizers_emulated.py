@@ -160,7 +160,7 @@ CHOSEN = [
     (program, rule, case, PROGRAMS[program][1][i % len(PROGRAMS[program][1])], SCHEDULES[i % len(SCHEDULES)])
     for program in PROGRAMS
     for i, (rule, case) in enumerate(EVERYTHING)
-    if i % 4 == list(RULES).index(rule) % 4
+    if i % 5 == list(RULES).index(rule) % 5
 ]
 
 
@@ -173,7 +173,10 @@ def test_the_bits_of_the_reference(program, rule, case, target, schedule):
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(("rule", "case"), EVERYTHING)
 def test_the_bits_of_the_reference_everywhere(program, rule, case):
-    for target, schedule in itertools.product(PROGRAMS[program][1], SCHEDULES):
+    targets = PROGRAMS[program][1]
+    if program == "triton":  # compiles for each case, so that one target must do
+        targets = targets[EVERYTHING.index((rule, case)) % len(targets) :][:1]
+    for target, schedule in itertools.product(targets, SCHEDULES):
         check(program, rule, case, target, schedule)
 
 
