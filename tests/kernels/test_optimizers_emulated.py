@@ -155,12 +155,12 @@ def cases() -> Iterator[tuple[str, str, str]]:
 
 
 EVERYTHING = list(itertools.product(RULES, cases()))
-# Each rule with each storage and precision in turn; targets and schedules go round.
+# Each rule with every fifth case, beginning with another one; targets and schedules go round.
 CHOSEN = [
-    (program, rule, case, PROGRAMS[program][1][i % len(PROGRAMS[program][1])], SCHEDULES[i % len(SCHEDULES)])
-    for program in PROGRAMS
-    for i, (rule, case) in enumerate(EVERYTHING)
-    if i % 5 == list(RULES).index(rule) % 5
+    (program, rule, case, targets[(i + j) % len(targets)], SCHEDULES[(i + j) % len(SCHEDULES)])
+    for program, (_, targets) in PROGRAMS.items()
+    for i, rule in enumerate(RULES)
+    for j, case in list(enumerate(cases()))[i::5]
 ]
 
 
