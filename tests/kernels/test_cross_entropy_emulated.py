@@ -128,6 +128,27 @@ def test_rows_of_every_width(program, name, dtype, target, schedule, weights):
     check_rows(program, name, dtype, target, schedule, weights, [1, 2, 5, 129, 1000, 2048, 4099])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@programs
+@pytest.mark.parametrize(("name", "dtype", "target", "schedule", "weights"), EVERYTHING)
+def test_rows_on_this_gpu(program, name, dtype, target, schedule, weights):
+    backend, dloss = BACKENDS[program], torch.tensor([1.0, -0.5, 3.0, 2.0])
+    for v in (127, 9001, 50_257):
+        given = case(v, dtype, OPTIONS[name], weights=weights)
+        there = {k: x.cuda() if isinstance(x, Tensor) else x for k, x in given.items()}
+        if backend.supports(there["logits"]) is not None:
+            pytest.skip(backend.supports(there["logits"]))
+        truth, same = platform.rows_forward(**in_double(given), stats=True), platform.rows_forward(**given, stats=True)
+        found = backend.rows_forward(**there, stats=True)
+        compare(Rows(*(x.cpu() for x in found)), same, truth)
+        wide, out = in_double(given), torch.empty_like(there["logits"])
+        exact, theirs = torch.empty_like(wide["logits"]), torch.empty_like(given["logits"])
+        backend.rows_backward(dloss.cuda(), out=out, lse=found.lse, **there)
+        platform.rows_backward(dloss.double(), out=exact, lse=truth.lse, **wide)
+        platform.rows_backward(dloss, out=theirs, lse=same.lse, **given)
+        assert_no_worse(out.cpu(), theirs, exact, name=f"dlogits, V {v}", ulps=4, atol=4 * EPS)
+
+
 def check_rows(program, name, dtype, target, schedule, weights, widths):
     backend = BACKENDS[program]
     for v in widths:
