@@ -330,6 +330,7 @@ def measured() -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow  # compiles for every target
 def test_budgets():
     from hotloop.emulator import cuda as compiler
 

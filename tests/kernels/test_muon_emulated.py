@@ -124,6 +124,7 @@ def measured() -> dict[str, dict[str, int]]:
     return found
 
 
+@pytest.mark.slow  # compiles for every target
 def test_budgets() -> None:
     if not triton.__version__.startswith("3.9."):
         pytest.skip(f"the budgets are of Triton 3.9, not of {triton.__version__}")

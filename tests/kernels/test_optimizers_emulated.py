@@ -284,6 +284,7 @@ def budget(r: Any) -> dict[str, int]:
     return row | {kind: r.sass[kind] for kind in ("LDG.128", "STG.128") if kind in r.sass}
 
 
+@pytest.mark.slow  # compiles for every target
 def test_budgets():
     from hotloop.emulator import cuda as compiler
 
