@@ -121,11 +121,12 @@ EVERYTHING = [
 ]
 
 
+# One column, and a little more and less than a block.
 @pytest.mark.slow
 @programs
-@pytest.mark.parametrize(("name", "dtype", "target", "schedule", "weights"), EVERYTHING)
+@pytest.mark.parametrize(("name", "dtype", "target", "schedule", "weights"), EVERYTHING[::4])
 def test_rows_of_every_width(program, name, dtype, target, schedule, weights):
-    check_rows(program, name, dtype, target, schedule, weights, [1, 2, 5, 129, 1000, 2048, 4099])
+    check_rows(program, name, dtype, target, schedule, weights, [1, 129, 2047])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
