@@ -102,6 +102,10 @@ class Coefficients(NamedTuple):
         c, dentropy = (None if x is None else x[block] for x in (self.c, self.dentropy))
         return Coefficients(self.a[block], self.b[block], c, dentropy)
 
+    def dense(self) -> Coefficients:
+        c, dentropy = (None if x is None else x.contiguous() for x in (self.c, self.dentropy))
+        return Coefficients(self.a.contiguous(), self.b.contiguous(), c, dentropy)
+
 
 def row_coefficients(
     upstream: Upstream,

@@ -120,15 +120,18 @@ class LigerCrossEntropyLoss(nn.Module):
         self.return_predicted_tokens = return_predicted_tokens
 
     def forward(self, _input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        x = _input.float()
-        x = x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
         apart = self.weight is not None and self.lse_square_scale != 0 and self.reduction == "mean"
         loss = _logits(
             _input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
             label_smoothing=self.label_smoothing, z_loss=0.0 if apart else self.lse_square_scale, softcap=self.softcap,
         )  # fmt: skip
+        asked = self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens
+        if not (apart or asked):
+            return loss.to(_input.dtype)
         valid = target != self.ignore_index
         count = valid.sum().clamp(min=1)
+        x = _input.float()
+        x = x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
         z_rows = None
         if apart or self.return_z_loss:
             z_rows = torch.where(valid, self.lse_square_scale * x.logsumexp(-1).square(), 0.0)
@@ -136,7 +139,7 @@ class LigerCrossEntropyLoss(nn.Module):
         if apart:
             assert z_rows is not None
             loss = loss + z_rows.sum()
-        if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
+        if not asked:
             return loss.to(_input.dtype)
         predicted = torch.where(valid, x.detach().argmax(-1), -1)
         return _liger_output(self, loss.to(_input.dtype), z_rows, predicted, target, valid)

@@ -44,10 +44,12 @@ lib.define(
     f"{_ROWS}, Tensor lse, Tensor entropy, {_OPTIONS}, {_NEEDS}, str backend) -> ({_GRADIENTS})"
 )
 
-_CPU = schedule.RowKernels(cpu.rows_forward, cpu.rows_forward_backward_, cpu.columns_backward_)
-_TORCH = schedule.RowKernels(platform.rows_forward, platform.rows_forward_backward_, platform.columns_backward_)
-_CUDA = schedule.RowKernels(cuda.rows_forward, cuda.rows_forward_backward_, cuda.columns_backward_)
-_TRITON = schedule.RowKernels(triton.rows_forward, triton.rows_forward_backward_, triton.columns_backward_)
+
+def _kernels(of: Any) -> schedule.RowKernels:
+    return schedule.RowKernels(of.rows_forward, of.rows_forward_backward_, of.columns_backward_)
+
+
+_CPU, _TORCH, _CUDA, _TRITON = map(_kernels, (cpu.KERNELS, platform, cuda.KERNELS, triton.KERNELS))
 ONE_PASS = Table(
     "linear_cross_entropy.one_pass",
     Backend("cpu", cpu.supports, partial(schedule.one_pass, _CPU)),

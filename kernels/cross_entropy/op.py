@@ -45,10 +45,10 @@ def _platform_forward(
 
 CROSS_ENTROPY = Table(
     "cross_entropy",
-    Backend("cpu", cpu.supports, cpu.forward, cpu.rows_backward),
+    Backend("cpu", cpu.supports, cpu.KERNELS.loss_and_lse, cpu.KERNELS.rows_backward),
     Backend("torch", lambda input, *_, **__: None, _platform_forward, platform.rows_backward),
-    Backend("cuda", cuda.supports, cuda.forward, cuda.rows_backward),
-    Backend("triton", triton.supports, triton.forward, triton.rows_backward),
+    Backend("cuda", cuda.supports, cuda.KERNELS.loss_and_lse, cuda.KERNELS.rows_backward),
+    Backend("triton", triton.supports, triton.KERNELS.loss_and_lse, triton.KERNELS.rows_backward),
     Backend(
         "reference", lambda input, *_, **__: None, reference.cross_entropy_forward, reference.cross_entropy_backward
     ),

@@ -77,7 +77,7 @@ def test_statistics_and_their_gradients(label_smoothing: float, softcap: float |
 def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype):
     """The lse of one logit is the logit."""
     x = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)[:, None]
-    rows = cpu.rows_forward(x, torch.zeros(len(x), dtype=torch.int64), None, None, Options(), False)
+    rows = cpu.KERNELS.rows_forward(x, torch.zeros(len(x), dtype=torch.int64), None, None, Options(), False)
     torch.testing.assert_close(rows.lse, x[:, 0].float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -92,10 +92,10 @@ def test_gradients_are_rounded_to_nearest_even(dtype: torch.dtype):
     x = torch.zeros(len(dloss), 2, dtype=dtype)
     out = torch.empty_like(x)
     t = torch.zeros(len(dloss), dtype=torch.int64)
-    cpu.rows_backward(dloss, x, t, None, None, dloss, Options(), out)
+    cpu.KERNELS.rows_backward(dloss, x, t, None, None, dloss, Options(), out)
     assert torch.equal(out[:, 1], (0.5 * dloss).to(dtype))
     nan = torch.full((2,), float("nan"))
-    cpu.rows_backward(nan, x[:2], t[:2], None, None, nan, Options(), out[:2])
+    cpu.KERNELS.rows_backward(nan, x[:2], t[:2], None, None, nan, Options(), out[:2])
     assert out[:2].isnan().all()
 
 
@@ -105,7 +105,7 @@ def test_exp_is_good_to_an_ulp():
     x = torch.stack([torch.zeros_like(d), d], 1)
     out = torch.empty_like(x)
     one = torch.ones(len(d))
-    cpu.rows_backward(one, x, torch.zeros(len(d), dtype=torch.int64), None, None, one, Options(), out)
+    cpu.KERNELS.rows_backward(one, x, torch.zeros(len(d), dtype=torch.int64), None, None, one, Options(), out)
     truth = torch.softmax(x.double(), 1)[:, 1]
     error = (out[:, 1].double() - truth).abs()
     normal = truth > 2.0**-126
@@ -117,7 +117,7 @@ def test_exp_is_good_to_an_ulp():
 def test_tanh_is_good_to_two_ulps():
     x = torch.cat([torch.logspace(-38, 2, 100_001), torch.linspace(0.5, 0.75, 10_001)])
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0, float("inf"), -float("inf")])])[:, None]
-    rows = cpu.rows_forward(x, torch.zeros(len(x), dtype=torch.int64), None, None, Options(softcap=1.0), False)
+    rows = cpu.KERNELS.rows_forward(x, torch.zeros(len(x), dtype=torch.int64), None, None, Options(softcap=1.0), False)
     truth = x[:, 0].double().tanh()
     error = (rows.lse.double() - truth).abs() / truth.abs().clamp_min(2.0**-126)
     assert error.max() < 3 * 2.0**-23
@@ -131,7 +131,7 @@ def test_threads_do_not_matter():
             torch.set_num_threads(threads)
             y = x.clone()
             scale = torch.tensor(0.1)
-            rows = cpu.rows_forward_backward_(y, t, None, None, scale, Options(**ALL_OPTIONS), True)
+            rows = cpu.KERNELS.rows_forward_backward_(y, t, None, None, scale, Options(**ALL_OPTIONS), True)
             found.append([y, *rows])
     finally:
         torch.set_num_threads(before)
@@ -145,9 +145,9 @@ def test_nothing_is_written_outside():
         for v in (1, 5, 16, 33):
             buffer = torch.full((4, v + 7), 3.0, dtype=dtype)
             t = torch.zeros(4, dtype=torch.int64)
-            cpu.rows_forward(buffer[:, 2 : 2 + v], t, None, None, Options(softcap=1.0), True)
+            cpu.KERNELS.rows_forward(buffer[:, 2 : 2 + v], t, None, None, Options(softcap=1.0), True)
             assert (buffer == 3).all()
-            cpu.rows_forward_backward_(buffer[:, 2 : 2 + v], t, None, None, torch.tensor(1.0), Options(), False)
+            cpu.KERNELS.rows_forward_backward_(buffer[:, 2 : 2 + v], t, None, None, torch.tensor(1.0), Options(), False)
             assert (buffer[:, :2] == 3).all()
             assert (buffer[:, 2 + v :] == 3).all()
 
@@ -177,7 +177,7 @@ def test_long_rows_sum_as_exactly_as_short_ones():
     v = 300_000
     x = draw_values((2, v), seed=4, dtype=torch.float32)
     t = torch.tensor([0, v - 1])
-    ours = cpu.rows_forward(x, t, None, None, Options(), True)
+    ours = cpu.KERNELS.rows_forward(x, t, None, None, Options(), True)
     truth = reference.rows_forward(x.double(), t, None, None, Options())
     torch.testing.assert_close(ours.lse.double(), truth.lse, rtol=2e-7, atol=0)
     torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=4e-7, atol=0)
@@ -189,7 +189,7 @@ def test_other_devices_and_dtypes_are_refused():
     with pytest.raises(BackendError, match="float64"):
         cross_entropy(torch.zeros(2, 3).double(), t)
     with pytest.raises(BackendError, match="on meta"):
-        cpu.rows_forward(torch.zeros(2, 3, device="meta"), t, None, None, Options(), False)
+        cpu.KERNELS.rows_forward(torch.zeros(2, 3, device="meta"), t, None, None, Options(), False)
 
 
 def test_an_instruction_set_that_is_none_is_refused():

@@ -27,7 +27,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cross_entropy" / "cross
 BUDGETS = Path(__file__).with_name("cross_entropy_budgets.json")
 TARGETS = ("sm_80", "sm_90", "sm_120")
 CUDA_TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_120": "sm_120"}
-BACKENDS = {"triton": triton_backend, "cuda": cuda}
+BACKENDS = {"triton": triton_backend.KERNELS, "cuda": cuda.KERNELS}
 programs = pytest.mark.parametrize("program", BACKENDS)
 SCHEDULES: list[dict[str, Any]] = [{"schedule": "lockstep"}, {"schedule": "random", "seed": 1}]
 OPTIONS: dict[str, Options] = {
@@ -48,23 +48,25 @@ def module(target: str) -> Any:
 def emulated(program: str, target: str = "sm_80", shared: int = 99 << 10, **schedule: Any) -> Iterator[list[Any]]:
     """Launches of the backend run in the emulator; the counters of each. shared: bytes that a CTA may ask for."""
     counters: list[Any] = []
-    if program == "triton":
-        with emulator.triton(target, **schedule) as gpu:
-            yield counters
-        counters.append(gpu.counters)
-        return
-
-    def run(launch: Launch, device: torch.device) -> None:
-        given = {name: 0 if x is None else x for name, x in launch.arguments.items()}
-        where = module(CUDA_TARGETS[target])
-        done = where.launch(launch.kernel, launch.grid, launch.block, launch.shared, given, **schedule)
-        counters.append(done.counters)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Launch, "run", run)
-        patch.setattr(cuda, "supports", lambda logits: None)
+        patch.setattr(BACKENDS[program], "supports", lambda logits: None)
         patch.setattr(cuda, "shared_memory", lambda device: shared)
+        if program == "triton":
+            with emulator.triton(target, **schedule) as gpu:
+                yield counters
+            counters.append(gpu.counters)
+            return
+        patch.setattr(Launch, "run", lambda *given: run_emulated(target, schedule, counters, *given))
         yield counters
+
+
+def run_emulated(
+    target: str, schedule: dict[str, Any], counters: list[Any], launch: Launch, device: torch.device
+) -> None:
+    given = {name: 0 if x is None else x for name, x in launch.arguments.items()}
+    where = module(CUDA_TARGETS[target])
+    done = where.launch(launch.kernel, launch.grid, launch.block, launch.shared, given, **schedule)
+    counters.append(done.counters)
 
 
 def case(v: int, dtype: torch.dtype, options: Options, *, weights: bool) -> dict[str, Any]:
@@ -323,8 +325,9 @@ def measured() -> dict[str, dict[str, int]]:
         found[f"cuda {kernel} bf16, {target}"] = row | {k: r.sass.get(k, 0) for k in ("LDG.128", "STG.128")}
     for target in TARGETS:
         given = case(5000, torch.bfloat16, OPTIONS["all"], weights=True)
-        with emulator.triton(target) as gpu:
-            triton_backend.rows_forward_backward_(**given, scale=torch.ones(()), stats=True)
+        with pytest.MonkeyPatch.context() as patch, emulator.triton(target) as gpu:
+            patch.setattr(triton_backend.KERNELS, "supports", lambda logits: None)
+            triton_backend.KERNELS.rows_forward_backward_(**given, scale=torch.ones(()), stats=True)
         r = emulator.static(gpu.launches[0].compiled)
         row = {"registers": r.registers, "spills": r.spills, "stack": r.stack, "shared": r.shared}
         found[f"triton rows bf16, {target}"] = row | {k: r.sass.get(k, 0) for k in ("LDG.128", "STG.128")}
