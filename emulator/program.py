@@ -50,7 +50,7 @@ def class_of(i: Instruction) -> str:
         return "tensor"
     if i.opcode == "cp" and i.has("commit_group", "wait_group", "wait_all"):
         return "synchronisation"
-    if i.opcode in ("ld", "st"):
+    if i.opcode in ("ld", "ldu", "st"):
         if i.has("param"):
             return "move"
         return (

@@ -34,6 +34,11 @@ class Resources:
     shared: int  # bytes per block; Triton's and `extern __shared__` arrays included where the launch states them
     sass: Mapping[str, int]  # instructions by class: HMMA, LDSM, LDG.128, ...
 
+    def budget(self, *classes: str) -> dict[str, int]:
+        """What a committed budget holds: the numbers above, and instructions of these classes where there are any."""
+        row = {"registers": self.registers, "stack": self.stack, "spills": self.spills, "shared": self.shared}
+        return row | {name: self.sass[name] for name in classes if name in self.sass}
+
 
 def static(kernel: Any, target: str = "sm_80", *, name: str | None = None, **compile_options: Any) -> Resources:
     """Resources of one kernel.

@@ -155,7 +155,7 @@ def is_space(g: Generator, i: Instruction) -> list[str]:
 
 
 def nothing(g: Generator, i: Instruction) -> list[str]:
-    """Hints to caches and schedulers."""
+    """Hints to caches, schedulers and profilers. Not `discard`, which leaves memory undefined: that is refused."""
     return []
 
 
@@ -167,7 +167,5 @@ EMITTERS: dict[str, Emitter] = {
     "mov": move,
     "cvta": convert_address,
     "isspacep": is_space,
-    **dict.fromkeys(
-        ("prefetch", "prefetchu", "nanosleep", "griddepcontrol", "discard", "applypriority", "pmevent"), nothing
-    ),
+    **dict.fromkeys(("prefetch", "prefetchu", "nanosleep", "griddepcontrol", "applypriority", "pmevent"), nothing),
 }

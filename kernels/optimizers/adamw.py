@@ -15,10 +15,10 @@ from hotloop.kernels.optimizers.checks import check_betas
 
 ADAMW = Table(
     "adamw",
-    Backend("cpu", cpu.supports, cpu.adamw),
+    Backend("cpu", cpu.supports, cpu.RULES.adamw),
     Backend("torch", platform.supports, platform.adamw),
-    Backend("cuda", cuda.supports, cuda.adamw),
-    Backend("triton", triton.supports, triton.adamw),
+    Backend("cuda", cuda.supports, cuda.RULES.adamw),
+    Backend("triton", triton.supports, triton.RULES.adamw),
     Backend("reference", reference.supports, reference.adamw),
 )
 

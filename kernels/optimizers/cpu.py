@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.cuda import extension
-from hotloop.kernels.optimizers import reference, tables
+from hotloop.kernels.optimizers import tables
+from hotloop.kernels.optimizers.raw import RawRules
 from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
+_RULES = {"adamw": 0, "lion": 1, "sgd": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
 
@@ -42,31 +44,20 @@ def sum_of_squares(grads: list[Tensor], kept: DeviceTables | None = None) -> Ten
     return torch.tensor(_c().optimizer_sum_of_squares(table, torch.get_num_threads()), dtype=torch.float64)
 
 
-def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
-    beta1, beta2 = update.group["betas"]
-    constants = (beta1, 1 - beta1, beta2, 1 - beta2, update.group["eps"])
-    _run(0, update, factor, skip, reference.adamw_scalars(update), constants)
-
-
-def lion(update: Update, factor: Tensor, skip: Tensor) -> None:
-    beta1, beta2 = update.group["betas"]
-    _run(1, update, factor, skip, reference.lion_scalars(update), (beta1, 1 - beta1, beta2, 1 - beta2))
-
-
-def sgd(update: Update, factor: Tensor, skip: Tensor) -> None:
-    constants = (update.group["momentum"], update.group["weight_decay"])
-    _run(2, update, factor, skip, reference.sgd_scalars(update), constants)
-
-
 def _run(
-    rule: int, update: Update, factor: Tensor, skip: Tensor, scalars: Sequence[Tensor], constants: Sequence[float]
+    rule: str,
+    update: Update,
+    params: list[Tensor],
+    grads: list[Tensor],
+    factor: Tensor,
+    skip: Tensor,
+    scalars: Sequence[Tensor],
+    constants: Sequence[float],
 ) -> None:
     if skip:  # CPU tensors: reading them waits for nothing
         return
-    # Copies where a tensor is not contiguous.
-    params, grads = ([x.contiguous() for x in xs] for xs in (update.params, update.grads))
     _c().optimizer_update(
-        rule,
+        _RULES[rule],
         _TYPES[params[0].dtype],
         _TYPES[grads[0].dtype],
         _TYPES[update.moments[0][0].dtype] if update.moments else 0,
@@ -82,11 +73,9 @@ def _run(
         table=tables.rows_of(update, params, grads),
         threads=torch.get_num_threads(),
     )
-    for param, written in zip(update.params, params, strict=True):
-        if written is not param:
-            param.copy_(written)
-    # Stores through pointers do not tell autograd that they write.
-    torch.autograd.graph.increment_version(update.tensors)
+
+
+RULES = RawRules(_run)
 
 
 def _c() -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.cuda import Launch, supports_device
-from hotloop.kernels.optimizers import reference, tables
+from hotloop.kernels.optimizers import tables
+from hotloop.kernels.optimizers.raw import RawRules
 from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
@@ -58,40 +59,16 @@ def sum_launch(flat: list[Tensor], kept: DeviceTables) -> Launch:
     return Launch("optimizer_sum_of_squares", (count, 1), SUM_THREADS, 0, arguments)
 
 
-def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
-    beta1, beta2 = update.group["betas"]
-    constants = (beta1, 1 - beta1, beta2, 1 - beta2, update.group["eps"])
-    _run("adamw", update, factor, skip, reference.adamw_scalars(update), constants)
-
-
-def lion(update: Update, factor: Tensor, skip: Tensor) -> None:
-    beta1, beta2 = update.group["betas"]
-    _run("lion", update, factor, skip, reference.lion_scalars(update), (beta1, 1 - beta1, beta2, 1 - beta2))
-
-
-def sgd(update: Update, factor: Tensor, skip: Tensor) -> None:
-    constants = (update.group["momentum"], update.group["weight_decay"])
-    _run("sgd", update, factor, skip, reference.sgd_scalars(update), constants)
-
-
 def _run(
-    rule: str, update: Update, factor: Tensor, skip: Tensor, scalars: Sequence[Tensor], constants: Sequence[float]
+    rule: str,
+    update: Update,
+    params: list[Tensor],
+    grads: list[Tensor],
+    factor: Tensor,
+    skip: Tensor,
+    scalars: Sequence[Tensor],
+    constants: Sequence[float],
 ) -> None:
-    # Copies where a tensor is not contiguous.
-    params, grads = ([x.contiguous() for x in xs] for xs in (update.params, update.grads))
-    launch = update_launch(rule, update, params, grads, factor, skip, scalars, constants)
-    launch.run(update.device)
-    for param, written in zip(update.params, params, strict=True):
-        if written is not param:
-            param.copy_(written)
-    # Stores through pointers do not tell autograd that they write.
-    torch.autograd.graph.increment_version(update.tensors)
-
-
-def update_launch(
-    rule: str, update: Update, params: list[Tensor], grads: list[Tensor], factor: Tensor, skip: Tensor,
-    scalars: Sequence[Tensor], constants: Sequence[float],
-) -> Launch:  # fmt: skip
     rows = tables.rows_of(update, params, grads)
     chunks = tables.chunks_of(rows)
     place = rule, id(update.group), params[0].dtype, grads[0].dtype, update.quantised
@@ -120,4 +97,7 @@ def update_launch(
     }
     name = f"optimizer_{rule}{'_codes' if update.quantised else ''}{'_stochastic' if update.stochastic else ''}"
     blocks = len(chunks) // 2 * (_BLOCKS_OF_A_CHUNK // (UPDATE_THREADS // 32))
-    return Launch(name, (blocks, 1), UPDATE_THREADS, 0, arguments)
+    Launch(name, (blocks, 1), UPDATE_THREADS, 0, arguments).run(update.device)
+
+
+RULES = RawRules(_run)

@@ -14,9 +14,9 @@ from hotloop.kernels.optimizers.checks import check_betas
 
 LION = Table(
     "lion",
-    Backend("cpu", cpu.supports, cpu.lion),
-    Backend("cuda", cuda.supports, cuda.lion),
-    Backend("triton", triton.supports, triton.lion),
+    Backend("cpu", cpu.supports, cpu.RULES.lion),
+    Backend("cuda", cuda.supports, cuda.RULES.lion),
+    Backend("triton", triton.supports, triton.RULES.lion),
     Backend("reference", reference.supports, reference.lion),
 )
 

@@ -13,10 +13,10 @@ from hotloop.kernels.optimizers.base import BaseOptimizer
 
 SGD_TABLE = Table(
     "sgd",
-    Backend("cpu", cpu.supports, cpu.sgd),
+    Backend("cpu", cpu.supports, cpu.RULES.sgd),
     Backend("torch", platform.supports, platform.sgd),
-    Backend("cuda", cuda.supports, cuda.sgd),
-    Backend("triton", triton.supports, triton.sgd),
+    Backend("cuda", cuda.supports, cuda.RULES.sgd),
+    Backend("triton", triton.supports, triton.RULES.sgd),
     Backend("reference", reference.supports, reference.sgd),
 )
 

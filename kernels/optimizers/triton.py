@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.kernels.optimizers import reference, tables
+from hotloop.kernels.optimizers import tables
+from hotloop.kernels.optimizers.raw import RawRules
 from hotloop.kernels.optimizers.tables import DeviceTables
 from hotloop.kernels.optimizers.update import Update
 
@@ -52,46 +53,34 @@ def sum_of_squares(grads: list[Tensor], kept: DeviceTables) -> Tensor:
     return sums[0]
 
 
-def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
-    beta1, beta2 = update.group["betas"]
-    constants = (beta1, 1 - beta1, beta2, 1 - beta2, update.group["eps"])
-    _run("adamw", update, factor, skip, reference.adamw_scalars(update), constants)
-
-
-def lion(update: Update, factor: Tensor, skip: Tensor) -> None:
-    beta1, beta2 = update.group["betas"]
-    _run("lion", update, factor, skip, reference.lion_scalars(update), (beta1, 1 - beta1, beta2, 1 - beta2, 0.0))
-
-
-def sgd(update: Update, factor: Tensor, skip: Tensor) -> None:
-    constants = (update.group["momentum"], update.group["weight_decay"], 0.0, 0.0, 0.0)
-    _run("sgd", update, factor, skip, reference.sgd_scalars(update), constants)
-
-
 def _run(
-    rule: str, update: Update, factor: Tensor, skip: Tensor, scalars: Sequence[Tensor], constants: Sequence[float]
+    rule: str,
+    update: Update,
+    params: list[Tensor],
+    grads: list[Tensor],
+    factor: Tensor,
+    skip: Tensor,
+    scalars: Sequence[Tensor],
+    constants: Sequence[float],
 ) -> None:
     from hotloop.kernels.optimizers.triton_kernels import update_kernel
 
-    # Copies where a tensor is not contiguous.
-    params, grads = ([x.contiguous() for x in xs] for xs in (update.params, update.grads))
     rows = tables.rows_of(update, params, grads)
     chunks = tables.chunks_of(rows)
     place = rule, id(update.group), params[0].dtype, grads[0].dtype, update.quantised
     table = update.tables.get(place, rows + chunks, update.device)
     update_kernel[(len(chunks) // 2 * (256 // BLOCKS),)](
-        table, table[len(rows) :], torch.stack(tuple(scalars)), factor, skip, update.step, update.seed, *constants,
+        table, table[len(rows) :], torch.stack(tuple(scalars)), factor, skip, update.step, update.seed,
+        *constants, *[0.0] * (5 - len(constants)),
         RULE=rule, PARAM_DTYPE=triton_dtype(params[0]), GRAD_DTYPE=triton_dtype(grads[0]),
         MOMENT_DTYPE=triton_dtype(update.moments[0][0]) if update.moments else None,
         HAS_MASTER=update.masters is not None, HAS_MOMENTUM=bool(update.moments), STOCHASTIC=update.stochastic,
         MAXIMIZE=update.group["maximize"], NESTEROV=update.group.get("nesterov", False), BLOCKS=BLOCKS,
         num_warps=WARPS, **EXACT,
     )  # fmt: skip
-    for param, written in zip(update.params, params, strict=True):
-        if written is not param:
-            param.copy_(written)
-    # Stores through pointers do not tell autograd that they write.
-    torch.autograd.graph.increment_version(update.tensors)
+
+
+RULES = RawRules(_run)
 
 
 def triton_dtype(x: Tensor) -> Any:

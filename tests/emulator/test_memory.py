@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from fragments import evaluate, kernel, launch
 
 from hotloop.emulator import EmulatorError, Report, ReportsError, Uninitialised
+from hotloop.emulator.program import EMITTERS
 
 # %rd9 = p0 + 4 * tid
 AT = "ld.param.b64 %rd8, [p0]; mov.u32 %r9, %tid.x; mad.wide.u32 %rd9, %r9, 4, %rd8;"
@@ -363,3 +367,17 @@ def test_lanes_may_store_different_nans_but_not_a_nan_and_a_number(space):
         for name, part in how.items():
             text = text.replace(f"{{{name}}}", part)
         assert kinds(text, [out]) == expected, (how, other)
+
+
+def test_ldu_is_a_load():
+    """Of an address that is the same in all threads."""
+    out = np.zeros(32, np.int32)
+    code = "ld.param.b64 %rd1, [p1]; ldu.global.b32 %r1, [%rd1]; st.global.b32 [%rd9], %r1;"
+    launch(kernel(AT + code, ["u64"] * 2), [out, np.array([5], np.int32)])
+    assert out.tolist() == [5] * 32
+
+
+def test_every_opcode_is_in_a_unit_test():
+    text = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    opcodes = [*EMITTERS, "bra", "brx", "ret", "exit", "trap", "bar", "barrier", "call"]
+    assert [o for o in opcodes if not re.search(rf'(?<![\w.]){o}[.;\s{{"]', text)] == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fragments import evaluate, kernel, launch
 
-from hotloop.emulator import ReportsError
+from hotloop.emulator import ReportsError, UnsupportedPTX
 
 X = np.array([1, 2, 2, -1, np.nan, np.nan, 0.0, np.inf], np.float32)
 Y = np.array([2, 1, 2, -1, 1, np.nan, -0.0, np.inf], np.float32)
@@ -118,3 +118,28 @@ def test_an_undefined_half_leaves_the_other_one_defined():
     again = code.replace("mov.b32 {%h3", "mov.b32 %r1, 9; mov.b32 {%h3").replace("{half}", "4")
     launch(kernel(again, ["u64"]), [out], 1)
     assert out.tolist() == [0]
+
+
+HINTS = [
+    "prefetch.global.L2 [%rd1];",
+    "prefetchu.L1 [%rd1];",
+    "nanosleep.u32 20;",
+    "griddepcontrol.wait;",
+    "griddepcontrol.launch_dependents;",
+    "applypriority.global.L2::evict_normal [%rd1], 128;",
+    "pmevent 3;",
+]
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_hints_change_nothing(hint):
+    out = np.array([7], np.int32)
+    before = "ld.param.b64 %rd1, [p0]; ld.global.b32 %r1, [%rd1];"
+    after = "add.u32 %r1, %r1, 1; st.global.b32 [%rd1], %r1;"
+    launch(kernel(f"{before} {hint} {after}", ["u64"], target="sm_90"), [out], 1)
+    assert out.tolist() == [8]
+
+
+def test_discarding_memory_is_refused():
+    with pytest.raises(UnsupportedPTX, match="does not know this instruction"):
+        launch(kernel("ld.param.b64 %rd1, [p0]; discard.global.L2 [%rd1], 128;", ["u64"]), [np.zeros(32, np.int32)], 1)

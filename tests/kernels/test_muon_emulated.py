@@ -118,9 +118,7 @@ def measured() -> dict[str, dict[str, int]]:
         with emulator.triton(target) as gpu:
             muon_triton.symmetric_product(out, x, beta=beta)
         r = emulator.static(gpu.launches[0].compiled)
-        row = {"registers": r.registers, "spills": r.spills, "stack": r.stack, "shared": r.shared}
-        kinds = {kind: r.sass[kind] for kind in ("HMMA", "HGMMA", "LDGSTS.128") if kind in r.sass}
-        found[f"symmetric product, {size} rows, b = {beta:g}, {target}"] = row | kinds
+        found[f"symmetric product, {size} rows, b = {beta:g}, {target}"] = r.budget("HMMA", "HGMMA", "LDGSTS.128")
     return found
 
 

@@ -9,27 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hotloop.kernels.dispatch import use_backend
-from hotloop.kernels.optimizers import SGD, AdamW, Lion, cpu, quantised, reference
-from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers import AdamW, cpu, quantised, reference
+from hotloop.kernels.optimizers.cases import PRECISIONS, RULES, assert_same_bits
 
 cpu_extension = cpu.extension()
 pytestmark = pytest.mark.skipif(cpu_extension is None, reason="hotloop.kernels._C is not built")
 
-RULES: dict[str, tuple[type[BaseOptimizer], dict[str, Any]]] = {
-    "adamw": (AdamW, {"weight_decay": 0.1, "betas": (0.9, 0.99)}),
-    "lion": (Lion, {"weight_decay": 0.1}),
-    "sgd": (SGD, {"weight_decay": 0.1}),
-    "momentum": (SGD, {"weight_decay": 0.1, "momentum": 0.9}),
-    "nesterov": (SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
-}
 # A vector, odd matrices (rows of more than a block of 256, and of less), a scalar, an empty one, more than one chunk.
 SHAPES = [(7,), (33, 130), (9, 517), (), (0, 5), (3, 70_001)]
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype, str | None]] = {
-    "fp32": (torch.float32, torch.float32, None),
-    "bf16": (torch.bfloat16, torch.bfloat16, None),
-    "bf16, master": (torch.bfloat16, torch.bfloat16, "float32"),
-    "bf16, master, fp32 gradients": (torch.bfloat16, torch.float32, "float32"),
-}
 
 
 def instruction_sets() -> list[str]:
@@ -71,12 +58,6 @@ def run(
     assert set(optimizer.backends.values()) == {backend}
     kept = [x for p in params for x in optimizer.state[p].values()]
     return [*(p.detach() for p in params), *kept, optimizer.grad_norm]
-
-
-def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert a.dtype == b.dtype
-        assert torch.equal(*(x.reshape(-1).contiguous().view(torch.uint8) for x in (a, b))), f"tensor {i} {a.shape}"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hotloop.kernels.cuda import Launch
 from hotloop.kernels.dispatch import use_backend
-from hotloop.kernels.optimizers import SGD, AdamW, Lion, cuda, reference, tables
+from hotloop.kernels.optimizers import cuda, reference, tables
 from hotloop.kernels.optimizers import triton as triton_backend
-from hotloop.kernels.optimizers.base import BaseOptimizer
+from hotloop.kernels.optimizers.cases import PRECISIONS, RULES, assert_same_bits
 from hotloop.kernels.optimizers.update import Update
 from hotloop.kernels.testing import streamed_bytes
 
@@ -30,19 +30,6 @@ TRITON_TARGETS = ("sm_80", "sm_90", "sm_120")
 CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 SCHEDULES: list[dict[str, Any]] = [{"schedule": "lockstep"}, {"schedule": "random", "seed": 1}]
 
-RULES: dict[str, tuple[type[BaseOptimizer], dict[str, Any]]] = {
-    "adamw": (AdamW, {"weight_decay": 0.1, "betas": (0.9, 0.99)}),
-    "lion": (Lion, {"weight_decay": 0.1}),
-    "sgd": (SGD, {"weight_decay": 0.1}),
-    "momentum": (SGD, {"weight_decay": 0.1, "momentum": 0.9}),
-    "nesterov": (SGD, {"weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
-}
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype, str | None]] = {
-    "fp32": (torch.float32, torch.float32, None),
-    "bf16": (torch.bfloat16, torch.bfloat16, None),
-    "bf16, master": (torch.bfloat16, torch.bfloat16, "float32"),
-    "bf16, master, fp32 gradients": (torch.bfloat16, torch.float32, "float32"),
-}
 STORAGES = [("float32", "nearest"), *itertools.product(("bfloat16", "int8"), ("nearest", "stochastic"))]
 # Odd, several blocks of a row and a part of one, whole blocks, one element, none, an odd start after an odd size.
 SHAPES = [(7,), (9, 517), (4, 1280), (), (0, 5), (3, 131)]
@@ -95,7 +82,7 @@ def module(target: str) -> Any:
 def in_triton(rule: str, update: Update, factor: Tensor, skip: Tensor, target: str, schedule: dict[str, Any]) -> Any:
     with emulator.triton(target, **schedule) as gpu, torch.no_grad():
         gpu.memory.update(memory(update))
-        getattr(triton_backend, rule)(update, factor, skip)
+        getattr(triton_backend.RULES, rule)(update, factor, skip)
     return gpu
 
 
@@ -107,7 +94,7 @@ def in_cuda(rule: str, update: Update, factor: Tensor, skip: Tensor, target: str
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(Launch, "run", run)
-        getattr(cuda, rule)(update, factor, skip)
+        getattr(cuda.RULES, rule)(update, factor, skip)
     return done[0]
 
 
@@ -121,16 +108,6 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "triton": (in_triton, TRITON_TARGETS),
     "cuda": (in_cuda, CUDA_TARGETS),
 }
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.reshape(-1).contiguous().view(torch.uint8)
-
-
-def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert a.dtype == b.dtype
-        assert torch.equal(bits(a), bits(b)), f"tensor {i} {tuple(a.shape)} {a.dtype}"
 
 
 def check(program: str, rule: str, case: tuple[str, str, str], target: str, schedule: dict[str, Any]) -> None:
@@ -189,7 +166,8 @@ def test_the_bits_of_the_reference_on_this_gpu(program, rule, case):
             for update in updates:
                 if backend is not reference and backend.supports(update) is not None:
                     pytest.skip(str(backend.supports(update)))
-                getattr(backend, name)(update, torch.tensor(0.3, device=device), torch.tensor(0.0, device=device))
+                rules = backend if backend is reference else backend.RULES
+                getattr(rules, name)(update, torch.tensor(0.3, device=device), torch.tensor(0.0, device=device))
         results.append([x.cpu() for x in found])
     assert_same_bits(results[1], results[0])
 
@@ -268,17 +246,18 @@ def machine_code(program: str, target: str, rule: str, case: tuple[str, str, str
 def measured() -> Iterator[tuple[str, dict[str, int]]]:
     kinds = [("adamw", ("fp32", "float32", "nearest")), ("adamw", ("bf16", "int8", "stochastic"))]
     for target, (rule, case) in itertools.product(TRITON_TARGETS, kinds):
-        yield f"triton {rule} {', '.join(case)}, {target}", budget(machine_code("triton", target, rule, case))
+        yield (
+            f"triton {rule} {', '.join(case)}, {target}",
+            machine_code("triton", target, rule, case).budget("LDG.128", "STG.128"),
+        )
     for target in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"):
         for rule, case in kinds:
-            yield f"cuda {rule} {', '.join(case)}, {target}", budget(machine_code("cuda", target, rule, case))
+            yield (
+                f"cuda {rule} {', '.join(case)}, {target}",
+                machine_code("cuda", target, rule, case).budget("LDG.128", "STG.128"),
+            )
         sums = emulator.static(SOURCE, target, name="optimizer_sum_of_squares", **NVCC)
-        yield f"cuda sum_of_squares, {target}", budget(sums)
-
-
-def budget(r: Any) -> dict[str, int]:
-    row = {"registers": r.registers, "spills": r.spills, "stack": r.stack, "shared": r.shared}
-    return row | {kind: r.sass[kind] for kind in ("LDG.128", "STG.128") if kind in r.sass}
+        yield f"cuda sum_of_squares, {target}", sums.budget("LDG.128", "STG.128")
 
 
 @pytest.mark.slow  # compiles for every target
