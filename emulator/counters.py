@@ -13,7 +13,6 @@ import numpy as np
 
 from hotloop.emulator.types import Array
 
-GLOBAL_COLUMNS = ("requests", "sectors", "bytes")
 NAMES = (
     "warp_instructions",
     "thread_instructions",

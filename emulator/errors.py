@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 Kind = Literal[
     "out-of-bounds",  # an address outside every buffer, shared memory, local memory or constant
@@ -24,7 +24,6 @@ Kind = Literal[
     "livelock",  # the resident threads spin without changing anything
     "trap",  # the kernel trapped or failed an assertion
 ]
-KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

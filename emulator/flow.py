@@ -141,16 +141,11 @@ def _reverse_post_order(root: int, edges: list[list[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Graph:
-    """Node `exit` is the end of the kernel, one past the last block."""
+    """The last node is the end of the kernel, one past its last block."""
 
     edges: list[list[int]]
     order: list[int]  # reverse post-order from the entry, loop bodies before loop exits
-    immediate_dominator: list[int]
     immediate_post_dominator: list[int]
-
-    @property
-    def exit(self) -> int:
-        return len(self.edges) - 1
 
 
 def graph_of(edges: list[list[int]]) -> Graph:
@@ -184,7 +179,7 @@ def graph_of(edges: list[list[int]]) -> Graph:
             reverse[count - 1].append(node)
             forward[node].append(count - 1)
     ipdom = _dominators(count, count - 1, forward, _reverse_post_order(count - 1, reverse))
-    return Graph(edges, order, idom, ipdom)
+    return Graph(edges, order, ipdom)
 
 
 def _loop_sets(edges: list[list[int]], backward: list[list[int]], idom: list[int]) -> list[set[int]]:

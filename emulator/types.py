@@ -47,7 +47,7 @@ TYPES |= {
     "u16x2": Type("b", 32),  # the opcodes that take pairs of integers look at the name
     "s16x2": Type("b", 32),
 }
-U16, U32, U64 = TYPES["u16"], TYPES["u32"], TYPES["u64"]
+U32, U64 = TYPES["u32"], TYPES["u64"]
 F32, PRED = TYPES["f32"], TYPES["pred"]
 
 
