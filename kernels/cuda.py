@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def extension() -> ModuleType | None:
-    """hotloop.kernels._C, or None where it was not built."""
-    try:
-        return import_module("hotloop.kernels._C")
-    except ImportError:
-        return None
+from hotloop.kernels.extension import extension
 
 
 def supports_device(device: torch.device) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.kernels.cuda import extension
+from hotloop.kernels.extension import extension
 from hotloop.kernels.optimizers import tables
 from hotloop.kernels.optimizers.raw import RawRules
 from hotloop.kernels.optimizers.tables import DeviceTables

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -29,6 +31,30 @@ def test_each_policy_stores_what_it_says_and_learns(tmp_path, recipe):
         assert final[name] < losses(run)[0] - 0.5
     assert final["bf16"] == pytest.approx(final["fp32"], rel=0.02)
     assert final["bf16_stochastic"] == pytest.approx(final["fp32"], rel=0.05)
+
+
+@pytest.mark.parametrize(("moments", "dtype"), [("bfloat16", torch.bfloat16), ("int8", torch.uint8)])
+def test_narrow_moments_are_stored_learn_and_resume(tmp_path, recipe, moments, dtype):
+    """Without its last checkpoint a run goes on from the one before, to the same bits."""
+    run = tmp_path / "run"
+    given = recipe(
+        optimizer={"moments": moments}, train={"precision": "bf16", "steps": 40, "micro_batch": 4},
+        evaluation={"every": 0}, checkpoint={"every": 20},
+    )  # fmt: skip
+    pretrain(given, run)
+    curve = losses(run)
+    assert curve[-1] < curve[0] - 0.3
+    saved = checkpoints.latest(run / "checkpoints").checkpoint
+    optimizer, model = saved.tensors("optimizer"), saved.tensors("model")
+    assert dtype in {tensor.dtype for name, tensor in optimizer.items() if "exp_avg" in name}
+    shutil.rmtree(saved.path)
+    pretrain(given, run)
+    again = checkpoints.latest(run / "checkpoints").checkpoint
+    assert again.path == saved.path
+    for kept, tensors in ((optimizer, again.tensors("optimizer")), (model, again.tensors("model"))):
+        assert kept.keys() == tensors.keys()
+        assert all(torch.equal(kept[name], tensors[name]) for name in kept)
+    assert losses(run) == curve
 
 
 def test_auto_is_resolved_once(tmp_path, recipe):
