@@ -35,6 +35,17 @@ float row_max(const Source<S>& source, int64_t v) {
   return max_of(maximum(maximum(m[0], m[1]), maximum(m[2], m[3])));
 }
 
+// A row of logits that is fetched into the second-level cache while another one's exponentials are computed: the maximum
+// of a row needs all of it, and would wait for memory with nothing else to do.
+struct Ahead {
+  const char* row;  // null: none
+  int64_t size;     // bytes of an element
+  void fetch(int64_t i, int64_t n) const {
+    if (row == nullptr) return;
+    for (int64_t byte = i * size; byte < (i + n) * size; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+};
+
 struct Sums {
   float exp;      // sum of e = exp(x - m)
   float spread;   // sum of w (m - x)
@@ -46,7 +57,7 @@ constexpr int64_t BLOCK = 256 * W;
 
 // `kept`: where exp(x - m) is kept for the gradient, null: nowhere. It may be the row itself.
 template <bool SPREAD, bool ENTROPY, class S>
-Sums row_sums(const Source<S>& source, int64_t v, float m, const float* weight, float* kept) {
+Sums row_sums(const Source<S>& source, int64_t v, float m, const float* weight, float* kept, Ahead ahead) {
   double total = 0, spread = 0, product = 0;
   for (int64_t begin = 0; begin < v; begin += BLOCK) {
     const int64_t end = begin + BLOCK < v ? begin + BLOCK : v;
@@ -67,8 +78,10 @@ Sums row_sums(const Source<S>& source, int64_t v, float m, const float* weight, 
       }
     };
     int64_t i = begin;
-    for (; i + 4 * W <= end; i += 4 * W)
+    for (; i + 4 * W <= end; i += 4 * W) {
+      ahead.fetch(i, 4 * W);
       for (int u = 0; u < 4; ++u) one(u, i + u * W, W, source.whole(i + u * W));
+    }
     for (; i + W <= end; i += W) one(0, i, W, source.whole(i));
     if (i < end) one(0, i, end - i, source.part(i, end - i));
     total += sum_of((e[0] + e[1]) + (e[2] + e[3]));
@@ -184,7 +197,7 @@ bool has_nan(const Source<S>& source, int64_t v) {
 }
 
 template <class From, class S>
-void row(const Rows& r, int64_t i, const Source<From>& source) {
+void row(const Rows& r, int64_t i, const Source<From>& source, Ahead ahead) {
   const LossOptions& o = r.options;
   const int64_t target = r.target[i];
   auto* out = r.out == nullptr ? nullptr : static_cast<typename S::type*>(r.out) + i * r.out_stride;
@@ -194,10 +207,10 @@ void row(const Rows& r, int64_t i, const Source<From>& source) {
   const bool nan = std::isinf(m) && has_nan(source, r.v);
   if (r.predicted != nullptr) r.predicted[i] = first_of(source, r.v, m);
   const bool spread = o.label_smoothing > 0 && r.loss != nullptr, entropy = r.entropy != nullptr;
-  const Sums s = spread ? (entropy ? row_sums<true, true>(source, r.v, m, r.weight, e)
-                                   : row_sums<true, false>(source, r.v, m, r.weight, e))
-                        : (entropy ? row_sums<false, true>(source, r.v, m, r.weight, e)
-                                   : row_sums<false, false>(source, r.v, m, r.weight, e));
+  const Sums s = spread ? (entropy ? row_sums<true, true>(source, r.v, m, r.weight, e, ahead)
+                                   : row_sums<true, false>(source, r.v, m, r.weight, e, ahead))
+                        : (entropy ? row_sums<false, true>(source, r.v, m, r.weight, e, ahead)
+                                   : row_sums<false, false>(source, r.v, m, r.weight, e, ahead));
   const float log_sum = std::log(s.exp);
   // Of a row with an infinity the sum is NaN, and the logarithm of the sum the infinity.
   const float lse = std::isinf(m) ? (nan ? NAN : m) : m + log_sum;
@@ -238,10 +251,12 @@ void rows(const Rows& r, int64_t begin, int64_t end) {
       continue;
     }
     const T* z = static_cast<const T*>(r.logits) + i * r.logits_stride;
+    const bool has_next = i + 1 < end && r.v * int64_t(sizeof(T)) <= FETCHED_ROW;
+    const Ahead ahead = {has_next ? reinterpret_cast<const char*>(z + r.logits_stride) : nullptr, sizeof(T)};
     if (r.options.softcap > 0)
-      row<F32, S>(r, i, capped<S>(z, r.v, r.options));
+      row<F32, S>(r, i, capped<S>(z, r.v, r.options), ahead);
     else
-      row<S, S>(r, i, Source<S>{z, r.options.logit_scale});
+      row<S, S>(r, i, Source<S>{z, r.options.logit_scale}, ahead);
   }
 }
 

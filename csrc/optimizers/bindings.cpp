@@ -18,7 +18,7 @@ void optimizer_update(int rule, int param, int grad, int moment, int n_moments, 
   using namespace optimizers;
   Update u{Rule(rule), Type(param), Type(grad), Type(moment), n_moments, stochastic, maximize, nesterov, seed, step,
            factor, {}, {}};
-  if (scalars.size() > 3 || constants.size() > 5) throw std::invalid_argument("too many scalars");
+  if (scalars.size() > 3 || constants.size() > 4) throw std::invalid_argument("too many scalars");
   std::copy(scalars.begin(), scalars.end(), u.scalars);
   std::copy(constants.begin(), constants.end(), u.constants);
   py::gil_scoped_release free;

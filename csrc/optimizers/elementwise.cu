@@ -18,7 +18,7 @@ constexpr unsigned ALL = 0xffffffffu;
 struct Options {
   int32_t rule, param, grad, moment;
   int32_t n_moments, stochastic, maximize, nesterov;
-  float constants[5];  // as those of Update in elementwise.h
+  float constants[4];  // as those of Update in elementwise.h
   uint64_t seed;
 };
 
@@ -112,8 +112,8 @@ struct Words {
   uint32_t w[4];
 };
 
-__device__ Words philox(uint64_t index, uint64_t seed, uint32_t step, uint32_t stream) {
-  uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = step, c3 = stream;
+__device__ Words philox(uint64_t index, uint64_t seed, uint32_t step) {
+  uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = step, c3 = 0;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -132,10 +132,9 @@ __device__ Words philox(uint64_t index, uint64_t seed, uint32_t step, uint32_t s
 __device__ uint32_t half_of(uint32_t word, int64_t index) { return index & 1 ? word >> 16 : word & 0xffffu; }
 
 // 16 bits for each element. `start`: the logical index of the block's first.
-__device__ void draw(uint32_t (&noise)[EACH], int64_t start, const Options& o, uint32_t step, uint32_t stream,
-                     const Place& at) {
+__device__ void draw(uint32_t (&bits)[EACH], int64_t start, const Options& o, uint32_t step, const Place& at) {
   if (start % 8 == 0) {  // a call is the eight elements of two neighbouring lanes: each lane makes one of the 32
-    const Words mine = philox(start / 8 + at.lane, o.seed, step, stream);
+    const Words mine = philox(start / 8 + at.lane, o.seed, step);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int from = half * 16 + at.lane / 2;
@@ -143,15 +142,15 @@ __device__ void draw(uint32_t (&noise)[EACH], int64_t start, const Options& o, u
 #pragma unroll
       for (int k = 0; k < 4; ++k) w[k] = __shfl_sync(ALL, mine.w[k], from);
       const uint32_t first = at.lane & 1 ? w[2] : w[0], second = at.lane & 1 ? w[3] : w[1];
-      noise[4 * half] = first & 0xffffu, noise[4 * half + 1] = first >> 16;
-      noise[4 * half + 2] = second & 0xffffu, noise[4 * half + 3] = second >> 16;
+      bits[4 * half] = first & 0xffffu, bits[4 * half + 1] = first >> 16;
+      bits[4 * half + 2] = second & 0xffffu, bits[4 * half + 3] = second >> 16;
     }
     return;
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t first = start + half * 128 + at.lane * 4;
-    const Words a = philox(first / 8, o.seed, step, stream), b = philox(first / 8 + 1, o.seed, step, stream);
+    const Words a = philox(first / 8, o.seed, step), b = philox(first / 8 + 1, o.seed, step);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int64_t i = first + k;
@@ -160,21 +159,24 @@ __device__ void draw(uint32_t (&noise)[EACH], int64_t start, const Options& o, u
       uint32_t word = next ? b.w[0] : a.w[0];
 #pragma unroll
       for (int p = 1; p < 4; ++p) word = pair == p ? (next ? b.w[p] : a.w[p]) : word;
-      noise[4 * half + k] = half_of(word, i);
+      bits[4 * half + k] = half_of(word, i);
     }
   }
 }
 
+__device__ uint32_t of_stream(uint32_t bits, int stream) {
+  return bits * (stream == 0 ? 1u : stream == 1 ? 44205u : 64805u) & 0xffffu;
+}
+
 // 8-bit moments: kernels/optimizers/quantised.py.
 
-__device__ float power_of_two(int e) { return __uint_as_float(uint32_t(e + 127) << 23); }
+__device__ int shift_of(bool is_unsigned) { return is_unsigned ? 20 : 19; }
+__device__ float zero_of(bool is_unsigned) { return is_unsigned ? 0x1p-31f : 0x1p-7f; }
+__device__ uint32_t zero_bits(bool is_unsigned) { return (is_unsigned ? 96u : 120u) << 23; }
 
 __device__ float dequantised(uint32_t code, float scale, bool is_unsigned) {
-  const int top = is_unsigned ? 7 : 6;
-  const int magnitude = is_unsigned ? code : code & 127;
-  const int log2 = int(__float_as_uint(float(magnitude)) >> 23) - 127;
-  const float fraction = float(magnitude + 1) * power_of_two(-log2) * 0.875f - 0.75f;
-  float value = magnitude > 0 ? fraction * power_of_two(3 * (log2 - top)) : 0.0f;
+  const uint32_t magnitude = is_unsigned ? code : code & 127;
+  float value = __uint_as_float((magnitude << shift_of(is_unsigned)) + zero_bits(is_unsigned)) - zero_of(is_unsigned);
   if (!is_unsigned && code >= 128) value = -value;
   return value * scale;
 }
@@ -193,32 +195,29 @@ __device__ void read_codes(float (&x)[EACH], int64_t address, float scale, bool 
   }
 }
 
-__device__ float block_scale(const float (&x)[EACH], const Place& at) {
-  uint32_t largest = 0x00800000;  // 2^-126; numbers without a sign are ordered as their bits are
+__device__ float block_scale(const float (&x)[EACH], bool is_unsigned, const Place& at) {
+  uint32_t largest = 0;  // numbers without a sign are ordered as their bits are
 #pragma unroll
   for (int j = 0; j < EACH; ++j)
     if (at.at(j) < at.n) largest = max(largest, __float_as_uint(x[j]) & 0x7fffffffu);
-  return __uint_as_float(__reduce_max_sync(ALL, largest));
+  const float scale = __uint_as_float(__reduce_max_sync(ALL, largest)) * (is_unsigned ? 0.53333336f : 0.51821864f);
+  return scale < 0x1p-126f ? 0x1p-126f : scale;
 }
 
 __device__ uint8_t code_of(float x, float reciprocal, bool is_unsigned, bool is_stochastic, uint32_t noise) {
-  const int top = is_unsigned ? 7 : 6, largest = is_unsigned ? 255 : 127;
   const uint32_t bits = __float_as_uint(x);
-  const float u = __uint_as_float(bits & 0x7fffffffu) * reciprocal;
-  int z = min(max(126 - int(__float_as_uint(u) >> 23), 0), 23);
-  z = min((z * 43) >> 7, top);
-  const float v = u * power_of_two(3 * z);
-  float t = z == top ? v + 1.0f : (v + 0.75f) * 1.14285719f * power_of_two(top - z);
-  // t is in [1, 256]: adding and taking away 2^23 rounds to the nearest even integer, cutting rounds down.
-  t = is_stochastic ? t + float(noise) * 0x1p-16f : (t + 0x1p23f) - 0x1p23f;
-  int code = min(int(t) - 1, largest);
+  const float w = __uint_as_float(bits & 0x7fffffffu) * reciprocal + zero_of(is_unsigned);
+  const int shift = shift_of(is_unsigned);
+  const uint32_t added = is_stochastic ? noise << (shift - 16) : 1u << (shift - 1);
+  const uint32_t code = min(((__float_as_uint(w) & 0x7fffffffu) - zero_bits(is_unsigned) + added) >> shift,
+                            is_unsigned ? 255u : 127u);
   if (is_unsigned) return code == 0 && int(bits) > 0 ? 1 : code;
   return code + (bits >> 31 ? 128 : 0);
 }
 
 __device__ void write_codes(const float (&x)[EACH], int64_t address, int64_t scale_address, bool is_unsigned,
                             bool is_stochastic, const uint32_t (&noise)[EACH], const Place& at) {
-  const float scale = block_scale(x, at), reciprocal = 1.0f / scale;
+  const float scale = block_scale(x, is_unsigned, at), reciprocal = 1.0f / scale;
   uint8_t codes[EACH];
 #pragma unroll
   for (int j = 0; j < EACH; ++j) codes[j] = code_of(x[j], reciprocal, is_unsigned, is_stochastic, noise[j]);
@@ -238,7 +237,7 @@ __device__ void adamw(float& p, float g, float& m, float& v, const float* scalar
   p = p * scalars[0];
   m = m * c[0] + g * c[1];
   v = v * c[2] + g * c[3] * g;
-  p = p - scalars[1] * m / (sqrtf(v) / scalars[2] + c[4]);
+  p = p - scalars[1] * m / (sqrtf(v) + scalars[2]);
 }
 
 __device__ void lion(float& p, float g, float& m, const float* scalars, const float* c) {
@@ -281,10 +280,11 @@ __device__ void write_rounded(const float (&x)[EACH], int64_t address, int type,
 }
 
 template <int RULE, bool CODES, bool STOCHASTIC, int K>
-__device__ void write_moment(const float (&x)[EACH], const int64_t (&tensor)[COLUMNS], int64_t block, int64_t start,
-                             uint32_t step, const Options& o, const Place& at) {
-  uint32_t noise[EACH] = {};
-  if (STOCHASTIC && o.moment != FP32) draw(noise, start, o, step, K + 1, at);
+__device__ void write_moment(const float (&x)[EACH], const int64_t (&tensor)[COLUMNS], int64_t block,
+                             const uint32_t (&bits)[EACH], const Options& o, const Place& at) {
+  uint32_t noise[EACH];
+#pragma unroll
+  for (int j = 0; j < EACH; ++j) noise[j] = of_stream(bits[j], K + 1);
   if constexpr (CODES)
     write_codes(x, tensor[3 + K], tensor[5 + K] + 4 * block, RULE == ADAMW && K == 1, STOCHASTIC, noise, at);
   else
@@ -337,15 +337,15 @@ __device__ __forceinline__ void update(const int64_t* table, const int64_t* chun
       sgd(p[j], gradient, m[j], o.n_moments > 0, o.nesterov, scalars, o.constants);
   }
 
-  if (o.n_moments > 0) write_moment<RULE, CODES, STOCHASTIC, 0>(m, tensor, block, start, step, o, at);
-  if constexpr (RULE == ADAMW) write_moment<RULE, CODES, STOCHASTIC, 1>(v, tensor, block, start, step, o, at);
-  uint32_t noise[EACH] = {};
+  uint32_t bits[EACH] = {};
+  if (STOCHASTIC) draw(bits, start, o, step, at);
+  if (o.n_moments > 0) write_moment<RULE, CODES, STOCHASTIC, 0>(m, tensor, block, bits, o, at);
+  if constexpr (RULE == ADAMW) write_moment<RULE, CODES, STOCHASTIC, 1>(v, tensor, block, bits, o, at);
   if (has_master) {
     write32(p, tensor[1], at);
-    write_rounded<false>(p, tensor[0], o.param, noise, at);
+    write_rounded<false>(p, tensor[0], o.param, bits, at);
   } else {
-    if (STOCHASTIC && o.param != FP32) draw(noise, start, o, step, 0, at);
-    write_rounded<STOCHASTIC>(p, tensor[0], o.param, noise, at);
+    write_rounded<STOCHASTIC>(p, tensor[0], o.param, bits, at);
   }
 }
 

@@ -31,8 +31,8 @@ struct Update {
   uint64_t seed;
   uint32_t step;
   float factor;
-  float scalars[3];    // adamw: decay, step_size, bias2_sqrt; lion: decay, lr; sgd: lr
-  float constants[5];  // adamw: beta1, 1 - beta1, beta2, 1 - beta2, eps; lion: the first four; sgd: momentum, decay
+  float scalars[3];    // adamw: decay, step_size, eps; lion: decay, lr; sgd: lr
+  float constants[4];  // adamw and lion: beta1, 1 - beta1, beta2, 1 - beta2; sgd: momentum, decay
   uint64_t keys[10][2];  // of Philox's rounds; `update` fills them in from the seed
 };
 

@@ -1,5 +1,7 @@
 // Random bits of stochastic rounding; see kernels/optimizers/philox.py. Part of elementwise.inl.
 
+constexpr uint16_t kMultipliers[3] = {1, 44205, 64805};  // by stream
+
 // Philox-4x32-10, one call for 8 elements: the random bits of calls [call, call + 8), the earliest element's first.
 #if HOTLOOP_CALLS > 1
 // Counter words lie in the low halves of 64-bit lanes; products read nothing else, so what is above them may stay.
@@ -19,13 +21,13 @@ constexpr Words kOrder = {0, 2, 1, 3};
 
 // kVectors at a time: the ten rounds of one are a chain of dependent operations.
 template <int kVectors>
-void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* out) {
+void draw(uint64_t call, const Update& u, uint16_t* out) {
   Words c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
   for (int i = 0; i < kVectors; ++i) {
     c0[i] = kOrder + (call + i * HOTLOOP_CALLS);
     c1[i] = c0[i] >> 32;
     c2[i] = Words{} + u.step;
-    c3[i] = Words{} + stream;
+    c3[i] = Words{};
   }
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -47,11 +49,11 @@ constexpr int kDrawn = 4, kCalls = kDrawn * HOTLOOP_CALLS;
 #else
 constexpr int kCalls = 8, kDrawn = 1;
 template <int>
-void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* __restrict out) {
+void draw(uint64_t call, const Update& u, uint16_t* __restrict out) {
 #pragma omp simd
   for (int i = 0; i < 8; ++i) {
     const uint64_t index = call + i;
-    uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = u.step, c3 = stream;
+    uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = u.step, c3 = 0;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
@@ -68,13 +70,20 @@ void draw(uint64_t call, const Update& u, uint32_t stream, uint16_t* __restrict 
 
 // 16 random bits for each of the n elements of a block, the first of which has the logical index `start`.
 struct Noise {
-  const uint16_t* draw_block(const Update& u, uint32_t stream, int64_t start, int n) {
+  void draw_block(const Update& u, int64_t start, int n) {
     const uint64_t first = static_cast<uint64_t>(start) / 8;
-    const int skipped = static_cast<int>(start % 8);
+    skipped = static_cast<int>(start % 8);
     int calls = 0;
-    for (; calls < n / 8; calls += kCalls) draw<kDrawn>(first + calls, u, stream, room + 8 * calls);
-    if (8 * calls < skipped + n) draw<1>(first + calls, u, stream, room + 8 * calls);
-    return room + skipped;
+    for (; calls < n / 8; calls += kCalls) draw<kDrawn>(first + calls, u, room + 8 * calls);
+    if (8 * calls < skipped + n) draw<1>(first + calls, u, room + 8 * calls);
   }
+  // The element's bits of a stream.
+  void write_stream(int stream, int n, uint16_t* __restrict out) const {
+    const uint16_t* __restrict bits = room + skipped;
+    const uint16_t multiplier = kMultipliers[stream];
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = static_cast<uint16_t>(bits[i] * multiplier);
+  }
+  int skipped = 0;
   alignas(64) uint16_t room[kBlock + 64];
 };

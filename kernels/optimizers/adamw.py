@@ -28,9 +28,9 @@ class AdamW(BaseOptimizer):
 
     With t the number of steps made, this one included, and per step and group, in fp64, each rounded once to fp32:
 
-        decay      = 1 - lr * weight_decay
-        step_size  = lr / (1 - beta1 ** t)
-        bias2_sqrt = sqrt(1 - beta2 ** t)
+        decay     = 1 - lr * weight_decay
+        step_size = lr * sqrt(1 - beta2 ** t) / (1 - beta1 ** t)
+        eps_t     = eps * sqrt(1 - beta2 ** t)                  # in place of a division of sqrt(v)
 
     and per element in fp32, every operation rounded to nearest, in this order, none contracted:
 
@@ -38,7 +38,7 @@ class AdamW(BaseOptimizer):
         p = p * decay
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + (g * (1 - beta2)) * g
-        p = p - (step_size * m) / (sqrt(v) / bias2_sqrt + eps)
+        p = p - (step_size * m) / (sqrt(v) + eps_t)
 
     `factor` is `min(max_grad_norm / (grad_norm + 1e-6), 1)`, as in `clip_grad_norm_`, over GradScaler's scale. The
     update uses m and v before they are rounded to `state_dtype`. Backend `reference` is this to the bit; backend

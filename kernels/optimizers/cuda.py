@@ -20,7 +20,7 @@ from hotloop.kernels.optimizers.update import Update
 # As in csrc/optimizers/elementwise.cu.
 UPDATE_THREADS = SUM_THREADS = 256
 _BLOCKS_OF_A_CHUNK = 256
-_OPTIONS = struct.Struct("<8i5f4xQ")
+_OPTIONS = struct.Struct("<8i4fQ")
 _RULES = {"adamw": 0, "lion": 1, "sgd": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
@@ -83,7 +83,7 @@ def _run(
         update.group["maximize"],
         update.group.get("nesterov", False),
         *constants,
-        *[0.0] * (5 - len(constants)),
+        *[0.0] * (4 - len(constants)),
         update.seed,
     )
     arguments = {

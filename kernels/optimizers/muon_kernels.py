@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hotloop.kernels.optimizers.triton_kernels import bits_of, of_stream
+from hotloop.kernels.optimizers.triton_kernels import rounded as rounded_with
+
 # Symmetric product
 
 
@@ -73,19 +76,7 @@ def symmetric_product_kernel(
 def rounded(x, index, seed, step, stream: tl.constexpr, dtype: tl.constexpr, STOCHASTIC: tl.constexpr):
     """x (fp32) in `dtype`: to nearest, or to bf16 with the random bits that `philox.py` specifies."""
     if STOCHASTIC and dtype == tl.bfloat16:
-        call = index // 8
-        zero = tl.zeros_like(call).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(
-            seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream
-        )
-        pair = (index % 8) // 2
-        word = tl.where(pair == 0, w0, tl.where(pair == 1, w1, tl.where(pair == 2, w2, w3)))
-        noise = (word >> (16 * (index % 2)).to(tl.uint32)) & 0xFFFF
-        bits = x.to(tl.uint32, bitcast=True)
-        # Noise on the bits of inf would make a NaN of it.
-        finite = (bits & 0x7F800000) != 0x7F800000
-        bits += tl.where(finite, noise, 0)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return rounded_with(x, dtype, of_stream(bits_of(index, seed, step), stream), True)
     else:
         return x.to(dtype)
 

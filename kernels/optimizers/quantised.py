@@ -1,14 +1,17 @@
 """Moments of 8 bits: a block of up to 256 elements of one row shares a scale, each element is a code.
 
-With u = x / scale in [-1, 1], a code is a sign and a number whose leading zeros are an exponent to the base 8 and
-whose other bits are a linear fraction (the dynamic tree of Dettmers, arXiv:2110.02861, in base 8: everything below is
-then exact in fp32 but one multiplication by 8/7). For a code c > 0 with L = floor(log2(c)) and `top` = 7 (unsigned;
-6 with a sign)
+A code is a float of 8 bits whose distances from zero, not whose values, are spaced like floats. Beside a sign it has
+4 fraction bits and an exponent of 3, with K = 7; second moments, which have no sign, n = 3 fraction bits and an exponent
+of 5, with K = 31. With exponent e and fraction f of c = 2^n e + f
 
-    value(c) = (7/8 * (c + 1) / 2^L - 3/4) * 8^(L - top)        value(0) = 0
+    value(c) = (x(c) - 2^-K) * scale        x(c) = 2^(e - K) * (1 + f / 2^n)
 
-From 8^-k to 8^-(k-1) the values are evenly spaced, c = 2^(top+1) - 1 is 1, and neighbouring pieces share their ends.
-With a scale in bits for 256 codes it is finest near the block's maximum, and spans a factor of 2 million (unsigned).
+where the fp32 bits of x(c) are c shifted and a constant. Near zero the values are evenly spaced, by 2^-(K + n) * scale;
+further out neighbours are a 2^n-th of a binade apart, and what is largest in a block has the last code. Adam divides
+one moment by the root of the other, element by element, so that it is the relative error that counts. Where gradients
+within a block are normal with scales spread by a factor of 1, e, e^2, e^3 (two standard deviations), the error of
+m / sqrt(v) is 1.9, 1.9, 2.0 and 6.0 %; with the dynamic tree of Dettmers (arXiv:2110.02861), finer near the maximum and
+coarser below, it is 1.1, 1.8, 3.8 and 14 %.
 """
 
 from __future__ import annotations
@@ -39,13 +42,9 @@ def blocks_of(row: int) -> int:
 
 def dequantise(codes: Tensor, scale: Tensor, row: int, unsigned: bool) -> Tensor:
     """codes: (rows, ...) uint8 with `row` elements a row; scale: (rows, blocks) fp32. Returns fp32 of codes' shape."""
-    top = 7 if unsigned else 6
+    map_ = _UNSIGNED if unsigned else _SIGNED
     c = codes.to(torch.int32)
-    magnitude = c if unsigned else c & (_SIGN - 1)
-    # The exponent of an fp32 number is the position of the leading bit.
-    log2 = (magnitude.float().view(torch.int32) >> 23) - 127
-    fraction = (magnitude + 1).float() * _power_of_two(-log2) * 0.875 - 0.75
-    value = torch.where(magnitude > 0, fraction * _power_of_two(3 * (log2 - top)), 0.0)
+    value = ((c & map_.largest) << map_.shift).add_(map_.zero_bits).view(torch.float32) - map_.zero
     if not unsigned:
         value = torch.where(c >= _SIGN, -value, value)
     return value * _expand(scale, row).view(codes.shape)
@@ -54,21 +53,17 @@ def dequantise(codes: Tensor, scale: Tensor, row: int, unsigned: bool) -> Tensor
 def quantise(x: Tensor, row: int, unsigned: bool, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(codes, scale) of x, fp32 (rows, ...). noise: integers in [0, 2^16) of x's shape for stochastic rounding.
 
-    The nearest code, or one of the two neighbours with probabilities that make the expectation x. A positive unsigned
-    number never becomes zero: a second moment of zero would be divided by.
+    The nearest code (of two, the larger), or one of the two neighbours with probabilities that make the expectation x.
+    A positive unsigned number never becomes zero: a second moment of zero would be divided by.
     """
-    top = 7 if unsigned else 6
+    map_ = _UNSIGNED if unsigned else _SIGNED
     absmax = x.new_zeros(x.numel() // row, blocks_of(row) * BLOCK)
     absmax[:, :row] = x.abs().view(-1, row)
-    scale = absmax.view(-1, blocks_of(row), BLOCK).amax(-1).clamp_(min=SMALLEST_SCALE)
-    u = x.abs() * _expand(scale.reciprocal(), row).view(x.shape)
-    # 8^-(z+1) <= u < 8^-z, from the exponent; u is at most 1 and a rounding.
-    z = (((126 - (u.view(torch.int32) >> 23)).clamp_(0, 23) * 43) >> 7).clamp_(max=top)
-    v = u * _power_of_two(3 * z)
-    # Counts from 1. The last piece goes down to zero in one step.
-    t = torch.where(z == top, v + 1, (v + 0.75) * _EIGHT_SEVENTHS * _power_of_two(top - z))
-    t = torch.round(t) if noise is None else torch.floor(t + noise.float() * 2.0**-16)
-    codes = t.to(torch.int32).sub_(1).clamp_(max=2 ** (top + 1) - 1)
+    scale = (absmax.view(-1, blocks_of(row), BLOCK).amax(-1) * map_.scale_of_largest).clamp_(min=SMALLEST_SCALE)
+    w = x.abs() * _expand(scale.reciprocal(), row).view(x.shape) + map_.zero
+    added = 1 << map_.shift - 1 if noise is None else noise.to(torch.int32) << map_.shift - 16
+    bits = w.view(torch.int32) & 0x7FFFFFFF  # the sign that a NaN may have
+    codes = ((bits - map_.zero_bits + added) >> map_.shift).clamp_(max=map_.largest)
     if unsigned:
         codes = torch.where((codes == 0) & (x > 0), 1, codes)
     else:
@@ -76,11 +71,15 @@ def quantise(x: Tensor, row: int, unsigned: bool, noise: Tensor | None = None) -
     return codes.to(torch.uint8), scale
 
 
-_EIGHT_SEVENTHS = 1.1428571939468384  # 8/7 in fp32
+class _Map:
+    def __init__(self, fraction_bits: int, K: int, largest: int, scale_of_largest: float):
+        self.shift = 23 - fraction_bits  # of a code's fraction to the top of an fp32 number's
+        self.zero, self.zero_bits = 2.0**-K, (127 - K) << 23
+        self.largest, self.scale_of_largest = largest, scale_of_largest
 
 
-def _power_of_two(e: Tensor) -> Tensor:
-    return ((e + 127) << 23).view(torch.float32)
+_SIGNED = _Map(4, 7, 127, 0.5182186365127563)  # 1 / (1.9375 - 2^-7) in fp32
+_UNSIGNED = _Map(3, 31, 255, 0.53333336114883423)  # 1 / 1.875
 
 
 def _expand(scale: Tensor, row: int) -> Tensor:

@@ -34,8 +34,7 @@ class RawRules:
         self._run = run
 
     def adamw(self, update: Update, factor: Tensor, skip: Tensor) -> None:
-        constants = (*_betas(update), update.group["eps"])
-        self._update("adamw", update, factor, skip, reference.adamw_scalars(update), constants)
+        self._update("adamw", update, factor, skip, reference.adamw_scalars(update), _betas(update))
 
     def lion(self, update: Update, factor: Tensor, skip: Tensor) -> None:
         self._update("lion", update, factor, skip, reference.lion_scalars(update), _betas(update))

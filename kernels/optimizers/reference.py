@@ -71,14 +71,14 @@ def halving_sum(x: Tensor) -> Tensor:
 
 
 def adamw_scalars(update: Update) -> tuple[Tensor, Tensor, Tensor]:
-    """(decay, step_size, bias2_sqrt), each () fp32: computed in fp64 from the step counter, rounded once."""
+    """(decay, step_size, eps), each () fp32: computed in fp64 from the step counter, rounded once."""
     group, t = update.group, update.step.double()
     lr = device_scalar(group["lr"], t.device)
     beta1, beta2 = group["betas"]
     decay = 1 - lr * group["weight_decay"]
-    step_size = lr / (1 - torch.pow(beta1, t))
     bias2_sqrt = torch.sqrt(1 - torch.pow(beta2, t))
-    return decay.float(), step_size.float(), bias2_sqrt.float()
+    step_size = lr * bias2_sqrt / (1 - torch.pow(beta1, t))
+    return decay.float(), step_size.float(), (update.group["eps"] * bias2_sqrt).float()
 
 
 def sqrt_rn(x: Tensor) -> Tensor:
@@ -105,14 +105,13 @@ def supports(update: Update) -> str | None:
 def adamw(update: Update, factor: Tensor, skip: Tensor) -> None:
     """One step of AdamW in place; the formula is in `AdamW`'s docstring. factor, skip: () fp32."""
     beta1, beta2 = update.group["betas"]
-    eps = update.group["eps"]
-    decay, step_size, bias2_sqrt = adamw_scalars(update)
+    decay, step_size, eps = adamw_scalars(update)
 
     def rule(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p = p * decay
         m = m * beta1 + g * (1 - beta1)
         v = v * beta2 + g * (1 - beta2) * g
-        return p - step_size * m / (sqrt_rn(v) / bias2_sqrt + eps), m, v
+        return p - step_size * m / (sqrt_rn(v) + eps), m, v
 
     _apply(rule, update, factor, skip)
 

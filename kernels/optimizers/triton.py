@@ -71,7 +71,7 @@ def _run(
     table = update.tables.get(place, rows + chunks, update.device)
     update_kernel[(len(chunks) // 2 * (256 // BLOCKS),)](
         table, table[len(rows) :], torch.stack(tuple(scalars)), factor, skip, update.step, update.seed,
-        *constants, *[0.0] * (5 - len(constants)),
+        *constants, *[0.0] * (4 - len(constants)),
         RULE=rule, PARAM_DTYPE=triton_dtype(params[0]), GRAD_DTYPE=triton_dtype(grads[0]),
         MOMENT_DTYPE=triton_dtype(update.moments[0][0]) if update.moments else None,
         HAS_MASTER=update.masters is not None, HAS_MOMENTUM=bool(update.moments), STOCHASTIC=update.stochastic,

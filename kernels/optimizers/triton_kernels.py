@@ -37,29 +37,41 @@ def write(address, offsets, mask, x, FAST: tl.constexpr):
 
 
 @triton.jit
-def words_of(call, seed, step, stream: tl.constexpr):
+def words_of(call, seed, step):
     """Philox's four words for each call, see philox.py."""
     zero = tl.zeros_like(call).to(tl.uint32)
-    return tl.philox(seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream)
+    return tl.philox(seed, call.to(tl.uint32), (call >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
 
 
 @triton.jit
-def random_bits(offsets, start, seed, step, stream: tl.constexpr, BLOCKS: tl.constexpr, FAST: tl.constexpr):
+def random_bits(offsets, start, seed, step, BLOCKS: tl.constexpr, FAST: tl.constexpr):
     """16 random bits (uint32) for each element of the tile, by its logical index."""
     if FAST:
         first = (start + tl.min(tl.min(offsets, 1), 0)) // 8
         call = first + (tl.arange(0, BLOCKS) * 32)[:, None] + tl.arange(0, 32)[None, :]
-        w0, w1, w2, w3 = words_of(call, seed, step, stream)
+        w0, w1, w2, w3 = words_of(call, seed, step)
         # An element's number in its call is 4 a + 2 b + c: word 2 a + b, half c. `join` adds the fastest dimension.
         low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
         high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
         return tl.reshape(tl.join(low, high), (BLOCKS, 256))
     else:
-        index = start + offsets
-        w0, w1, w2, w3 = words_of(index // 8, seed, step, stream)
-        pair = (index % 8) // 2
-        word = tl.where(pair == 0, w0, tl.where(pair == 1, w1, tl.where(pair == 2, w2, w3)))
-        return (word >> (16 * (index % 2)).to(tl.uint32)) & 0xFFFF
+        return bits_of(start + offsets, seed, step)
+
+
+@triton.jit
+def bits_of(index, seed, step):
+    """The 16 random bits (uint32) of logical indices, each from a call of its own."""
+    w0, w1, w2, w3 = words_of(index // 8, seed, step)
+    pair = (index % 8) // 2
+    word = tl.where(pair == 0, w0, tl.where(pair == 1, w1, tl.where(pair == 2, w2, w3)))
+    return (word >> (16 * (index % 2)).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
+def of_stream(bits, stream: tl.constexpr):
+    """The bits of a stream, from an element's random bits."""
+    multiplier: tl.constexpr = 1 if stream == 0 else (44205 if stream == 1 else 64805)
+    return (bits * multiplier) & 0xFFFF
 
 
 @triton.jit
@@ -75,19 +87,14 @@ def rounded(x, dtype: tl.constexpr, noise, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def power_of_two(e):
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def dequantised(codes, scale, UNSIGNED: tl.constexpr):
     """fp32 of codes (BLOCKS, 256) uint8 and scale (BLOCKS,); the map is in quantised.py."""
-    top: tl.constexpr = 7 if UNSIGNED else 6
+    shift: tl.constexpr = 20 if UNSIGNED else 19
+    zero: tl.constexpr = 2.0**-31 if UNSIGNED else 2.0**-7
+    zero_bits: tl.constexpr = (96 if UNSIGNED else 120) << 23
+    largest: tl.constexpr = 255 if UNSIGNED else 127
     c = codes.to(tl.int32)
-    magnitude = c if UNSIGNED else c & 127
-    log2 = (magnitude.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    fraction = (magnitude + 1).to(tl.float32) * power_of_two(-log2) * 0.875 - 0.75
-    value = tl.where(magnitude > 0, fraction * power_of_two(3 * (log2 - top)), 0.0)
+    value = (((c & largest) << shift) + zero_bits).to(tl.float32, bitcast=True) - zero
     if not UNSIGNED:
         value = tl.where(c >= 128, -value, value)
     return value * scale[:, None]
@@ -96,25 +103,24 @@ def dequantised(codes, scale, UNSIGNED: tl.constexpr):
 @triton.jit
 def quantised(x, mask, noise, UNSIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, FAST: tl.constexpr):
     """(codes (BLOCKS, 256) uint8, scale (BLOCKS,)) of x."""
-    top: tl.constexpr = 7 if UNSIGNED else 6
+    shift: tl.constexpr = 20 if UNSIGNED else 19
+    zero: tl.constexpr = 2.0**-31 if UNSIGNED else 2.0**-7
+    zero_bits: tl.constexpr = (96 if UNSIGNED else 120) << 23
     largest: tl.constexpr = 255 if UNSIGNED else 127
+    scale_of_largest: tl.constexpr = 0.5333333611488342 if UNSIGNED else 0.5182186365127563
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF  # numbers without a sign are ordered as their bits are
     inside = size if FAST else tl.where(mask, size, 0)
-    scale = tl.maximum(tl.max(inside, 1), 0x00800000).to(tl.float32, bitcast=True)
-    u = size.to(tl.float32, bitcast=True) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
-    z = 126 - (u.to(tl.int32, bitcast=True) >> 23)
-    z = tl.minimum(tl.maximum(z, 0), 23)
-    z = tl.minimum((z * 43) >> 7, top)
-    v = u * power_of_two(3 * z)
-    t = tl.where(z == top, v + 1.0, (v + 0.75) * 1.1428571939468384 * power_of_two(top - z))
-    # t is in [1, 256]: adding and taking away 2^23 rounds to the nearest even integer, cutting rounds down.
-    t = t + noise.to(tl.float32) * 1.52587890625e-05 if STOCHASTIC else (t + 8388608.0) - 8388608.0
-    code = tl.minimum(t.to(tl.int32) - 1, largest)
+    scale = tl.max(inside, 1).to(tl.float32, bitcast=True) * scale_of_largest
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)  # 2^-126; NaN stays
+    w = size.to(tl.float32, bitcast=True) * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None] + zero
+    added = noise << (shift - 16) if STOCHASTIC else 1 << (shift - 1)
+    code = ((w.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) - zero_bits + added) >> shift
+    code = tl.minimum(code, largest)
     if UNSIGNED:
         code = tl.where((code == 0) & (bits > 0), 1, code)
     else:
-        code += tl.where(bits < 0, 128, 0)
+        code += tl.where(bits < 0, 128, 0).to(tl.uint32)
     return code.to(tl.uint8), scale
 
 
@@ -122,13 +128,12 @@ def quantised(x, mask, noise, UNSIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, 
 
 
 @triton.jit
-def adamw(p, g, m, v, scalars, beta1, rest1, beta2, rest2, eps):
-    decay, step_size, bias2_sqrt = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+def adamw(p, g, m, v, scalars, beta1, rest1, beta2, rest2):
+    decay, step_size, eps = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     p = p * decay
     m = m * beta1 + g * rest1
     v = v * beta2 + g * rest2 * g
-    below = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + bias2_sqrt) + eps
-    return p - tl.div_rn(step_size * m, below), m, v
+    return p - tl.div_rn(step_size * m, tl.sqrt_rn(v) + eps), m, v
 
 
 @triton.jit
@@ -168,13 +173,10 @@ def read_moment(
 
 @triton.jit
 def write_moment(
-    tensor, column: tl.constexpr, x, offsets, mask, block, there, start, seed, step, dtype: tl.constexpr,
-    UNSIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, FAST: tl.constexpr,
+    tensor, column: tl.constexpr, x, offsets, mask, block, there, bits, dtype: tl.constexpr, UNSIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    if STOCHASTIC and dtype != tl.float32:
-        noise = random_bits(offsets, start, seed, step, column + 1, BLOCKS, FAST)
-    else:
-        noise = 0
+    noise = of_stream(bits, column + 1) if STOCHASTIC else 0
     if dtype == tl.uint8:
         codes, scale = quantised(x, mask, noise, UNSIGNED, STOCHASTIC, FAST)
         write(tl.load(tensor + 3 + column), offsets, mask, codes, FAST)
@@ -185,7 +187,7 @@ def write_moment(
 
 @triton.jit
 def update_blocks(
-    tensor, first, blocks, row, per_row, start, scalars, factor, step, seed, c0, c1, c2, c3, c4,
+    tensor, first, blocks, row, per_row, start, scalars, factor, step, seed, c0, c1, c2, c3,
     RULE: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, MOMENT_DTYPE: tl.constexpr,
     HAS_MASTER: tl.constexpr, HAS_MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, MAXIMIZE: tl.constexpr,
     NESTEROV: tl.constexpr, BLOCKS: tl.constexpr, FAST: tl.constexpr,
@@ -202,6 +204,7 @@ def update_blocks(
         offsets = (block // per_row * row)[:, None] + column
         mask = there[:, None] & (column < row)
 
+    bits = random_bits(offsets, start, seed, step, BLOCKS, FAST) if STOCHASTIC else 0
     param, master = tl.load(tensor), tl.load(tensor + 1)
     g = read(tl.load(tensor + 2), offsets, mask, GRAD_DTYPE, FAST).to(tl.float32) * factor
     if MAXIMIZE:
@@ -214,10 +217,8 @@ def update_blocks(
     if RULE == "adamw":
         m = read_moment(tensor, 0, offsets, mask, block, there, MOMENT_DTYPE, False, FAST)
         v = read_moment(tensor, 1, offsets, mask, block, there, MOMENT_DTYPE, True, FAST)
-        p, m, v = adamw(p, g, m, v, scalars, c0, c1, c2, c3, c4)
-        write_moment(
-            tensor, 1, v, offsets, mask, block, there, start, seed, step, MOMENT_DTYPE, True, STOCHASTIC, BLOCKS, FAST
-        )
+        p, m, v = adamw(p, g, m, v, scalars, c0, c1, c2, c3)
+        write_moment(tensor, 1, v, offsets, mask, block, there, bits, MOMENT_DTYPE, True, STOCHASTIC, FAST)
     elif RULE == "lion":
         m = read_moment(tensor, 0, offsets, mask, block, there, MOMENT_DTYPE, False, FAST)
         p, m = lion(p, g, m, scalars, c0, c1, c2, c3)
@@ -227,18 +228,13 @@ def update_blocks(
             m = read_moment(tensor, 0, offsets, mask, block, there, MOMENT_DTYPE, False, FAST)
         p, m = sgd(p, g, m, scalars, c0, c1, HAS_MOMENTUM, NESTEROV)
     if HAS_MOMENTUM:
-        write_moment(
-            tensor, 0, m, offsets, mask, block, there, start, seed, step, MOMENT_DTYPE, False, STOCHASTIC, BLOCKS, FAST
-        )
+        write_moment(tensor, 0, m, offsets, mask, block, there, bits, MOMENT_DTYPE, False, STOCHASTIC, FAST)
 
     if HAS_MASTER:
         write(master, offsets, mask, p, FAST)
         write(param, offsets, mask, p.to(PARAM_DTYPE), FAST)
     else:
-        if STOCHASTIC and tl.bfloat16 == PARAM_DTYPE:
-            noise = random_bits(offsets, start, seed, step, 0, BLOCKS, FAST)
-        else:
-            noise = 0
+        noise = of_stream(bits, 0) if STOCHASTIC else 0
         write(param, offsets, mask, rounded(p, PARAM_DTYPE, noise, STOCHASTIC), FAST)
 
 
@@ -246,16 +242,15 @@ def update_blocks(
 def update_kernel(
     table,
     chunks,
-    scalars,  # (3,) fp32, by rule: (decay, step_size, bias2_sqrt), (decay, lr), (lr,)
+    scalars,  # (3,) fp32, by rule: (decay, step_size, eps), (decay, lr), (lr,)
     factor_pointer,  # () fp32
     skip_pointer,  # () fp32
     step_pointer,  # () fp32
     seed,
-    c0,  # constants, by rule: (beta1, 1 - beta1, beta2, 1 - beta2, eps), the first four, (momentum, weight_decay)
+    c0,  # constants, by rule: (beta1, 1 - beta1, beta2, 1 - beta2), the same, (momentum, weight_decay)
     c1,
     c2,
     c3,
-    c4,
     RULE: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -287,13 +282,13 @@ def update_kernel(
         fast = fast & (start % 8 == 0)
     if fast:
         update_blocks(
-            tensor, first, blocks, row, per_row, start, scalars, factor, step, seed, c0, c1, c2, c3, c4,
+            tensor, first, blocks, row, per_row, start, scalars, factor, step, seed, c0, c1, c2, c3,
             RULE, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, HAS_MASTER, HAS_MOMENTUM, STOCHASTIC, MAXIMIZE, NESTEROV,
             BLOCKS, True,
         )  # fmt: skip
     else:
         update_blocks(
-            tensor, first, blocks, row, per_row, start, scalars, factor, step, seed, c0, c1, c2, c3, c4,
+            tensor, first, blocks, row, per_row, start, scalars, factor, step, seed, c0, c1, c2, c3,
             RULE, PARAM_DTYPE, GRAD_DTYPE, MOMENT_DTYPE, HAS_MASTER, HAS_MOMENTUM, STOCHASTIC, MAXIMIZE, NESTEROV,
             BLOCKS, False,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hotloop.kernels.dispatch import BackendError, use_backend
 from hotloop.kernels.optimizers import AdamW, platform, reference
 from hotloop.kernels.optimizers.adamw import ADAMW
-from hotloop.kernels.optimizers.philox import random_bits, round_stochastic_
+from hotloop.kernels.optimizers.philox import MULTIPLIERS, random_bits, round_stochastic_
 from hotloop.kernels.philox import philox_4x32_10
 
 BACKENDS = ("reference", "torch")
@@ -148,8 +148,9 @@ def test_reference_is_the_written_formula_to_the_bit(seed: int, log_scale: int, 
             p = p * f(1 - lr * decay)
             m = m * f(b1) + g * f(1 - b1)
             v = v * f(b2) + (g * f(1 - b2)) * g
-            bias2_sqrt, step_size = f(np.sqrt(1 - np.power(b2, step))), f(lr / (1 - np.power(b1, step)))
-            p = p - (step_size * m) / (np.sqrt(v) / bias2_sqrt + f(eps))
+            bias2_sqrt = np.sqrt(1 - np.power(b2, step))
+            step_size, eps_t = f(lr * bias2_sqrt / (1 - np.power(b1, step))), f(eps * bias2_sqrt)
+            p = p - (step_size * m) / (np.sqrt(v) + eps_t)
             assert p.dtype == m.dtype == v.dtype == f
             np.testing.assert_array_equal(param.detach().numpy().view(np.int32), p.view(np.int32))
             np.testing.assert_array_equal(optimizer.state[param]["exp_avg"].numpy().view(np.int32), m.view(np.int32))
@@ -438,12 +439,31 @@ def test_random_bits_depend_on_seed_step_stream_and_index_only() -> None:
     for other in others:
         assert (other == whole).sum() < 10
     # 16 equally likely leading digits: chi-square with 15 degrees of freedom, 99.99 % quantile 44.3.
-    bits = draw(0, 1 << 18)
-    for digits in (bits >> 12, bits & 15):
-        counts = torch.bincount(digits, minlength=16).double()
-        assert ((counts - 2**14) ** 2 / 2**14).sum() < 44.3
-    assert bits.min() >= 0
-    assert bits.max() < 1 << 16
+    streams = [draw(0, 1 << 18, stream=stream) for stream in range(3)]
+    for bits in streams:
+        for digits in (bits >> 12, bits & 15):
+            counts = torch.bincount(digits, minlength=16).double()
+            assert ((counts - 2**14) ** 2 / 2**14).sum() < 44.3
+        assert bits.min() >= 0
+        assert bits.max() < 1 << 16
+    # Leading digits of two streams of the same elements: 256 equally likely pairs, 255 degrees of freedom, 346.
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        counts = torch.bincount((streams[a] >> 12) * 16 + (streams[b] >> 12), minlength=256).double()
+        assert ((counts - 2**10) ** 2 / 2**10).sum() < 346
+
+
+def test_multipliers_permute_the_16_bit_numbers_and_have_no_short_lattice_vector() -> None:
+    """Spectral test: whole numbers (h, k), not both zero, with h a + k b a multiple of 2^16, are at least 255 long."""
+    size = 1 << 16
+    x = torch.arange(size)
+    for a in MULTIPLIERS:
+        assert (x * a % size).unique().numel() == size
+    k = torch.arange(1, 256)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        ratio = MULTIPLIERS[b] * pow(MULTIPLIERS[a], -1, size) % size
+        h = -k * ratio % size
+        h = torch.minimum(h, size - h)
+        assert (h**2 + k**2).min() >= 255**2
 
 
 def test_stochastic_rounding_is_unbiased_and_keeps_what_bf16_holds() -> None:

@@ -120,11 +120,13 @@ def test_every_code_stands_for_one_number(unsigned: bool) -> None:
     values = quantised.dequantise(codes, torch.ones(1, 1), 256, unsigned)
     again, scale = quantised.quantise(values, 256, unsigned)
     assert torch.equal(again, codes)
-    assert scale.item() == 1.0
+    assert abs(scale.item() - 1) < 2e-7
     magnitudes = values[0] if unsigned else values[0, :128]
-    assert (magnitudes.diff() > 0).all()
     assert magnitudes[0] == 0
-    assert magnitudes[-1] == 1
+    gaps, (zero, fractions) = magnitudes.diff(), (2.0**-31, 8) if unsigned else (2.0**-7, 16)
+    assert (gaps >= zero / fractions).all()
+    assert (gaps <= (magnitudes[1:] + zero) / fractions).all()
+    assert magnitudes[-1] == torch.tensor(2 - 1 / fractions) - zero
     if not unsigned:
         assert torch.equal(values[0, 128:], -values[0, :128])
 
@@ -138,9 +140,8 @@ def test_quantisation_is_to_the_nearest_value(unsigned: bool) -> None:
         x[:, 1::2] *= -1
     codes, scale = quantised.quantise(x, 256, unsigned)
     found = quantised.dequantise(codes, scale, 256, unsigned)
-    nearest = (x[..., None] - table).abs().amin(-1)
-    # Not where a positive number is kept from becoming zero: there the smallest value, 8^-7, is taken.
-    assert ((found - x).abs() <= nearest * (1 + 1e-5) + (8.0**-7 if unsigned else 1e-7)).all()
+    nearest = (x[..., None] - table * scale[..., None]).abs().amin(-1)
+    assert ((found - x).abs() <= nearest + 1e-7 * x.abs() + 2.0**-34).all()
 
 
 def test_stochastic_codes_are_unbiased() -> None:
