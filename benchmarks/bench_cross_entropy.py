@@ -6,6 +6,7 @@ python benchmarks/bench_cross_entropy.py --out benchmarks/results/cross_entropy
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from harness.case import Case, Provider, Results, by_backend, no_worse_than, sim
 from harness.command import bench, ids, main
 from harness.measure import device
 
-N, D = 2048, 384
+N = 2048
 REFERENCE_UP_TO = 4096  # classes: beyond, a round of the reference takes longer than those of all others together
 EAGER = "torch eager"
 
@@ -128,56 +129,84 @@ def rows_first(h: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return plain_linear(h[kept], w, target[kept])
 
 
-def linear_inputs(vocab: int, dtype: torch.dtype, supervised: float) -> tuple[Tensor, Tensor, Tensor]:
-    h = values(N, D, dtype=dtype, scale=1.0, seed=1).requires_grad_()
-    w = values(vocab, D, dtype=dtype, scale=0.05, seed=2).requires_grad_()
-    return h, w, targets(vocab, supervised)
+@dataclass(frozen=True)
+class Head:
+    vocab: int
+    D: int = 384
+    supervised: float = 1.0  # share of the rows
+    frozen: bool = False
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        h = values(N, self.D, dtype=dtype, scale=1.0, seed=1).requires_grad_()
+        w = values(self.vocab, self.D, dtype=dtype, scale=0.05, seed=2).requires_grad_(not self.frozen)
+        return h, w, targets(self.vocab, self.supervised)
 
 
-def linear_providers(
-    vocab: int, dtype: torch.dtype, mode: str, supervised: float, everything: bool
-) -> dict[str, Callable[[], Provider]]:
-    h, w, target = linear_inputs(vocab, dtype, supervised)
+def linear_step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], mode: str, inputs: tuple[Tensor, ...]) -> Results:
+    h, w, target = inputs
+    if w.requires_grad:
+        return step(lambda h, w: loss(h, w, target), mode, h, w)
+    return step(lambda h: loss(h, w, target), mode, h)
+
+
+def linear_providers(head: Head, dtype: torch.dtype, mode: str, everything: bool) -> dict[str, Callable[[], Provider]]:
+    inputs = head.inputs(dtype)
 
     def way(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Results]:
-        return partial(step, lambda h, w: loss(h, w, target), mode, h, w)
+        return partial(linear_step, loss, mode, inputs)
 
-    reference = everything and vocab <= REFERENCE_UP_TO
-    found = by_backend(ONE_PASS, (h, w, target), way(linear_cross_entropy), reference=reference)
+    reference = everything and head.vocab <= REFERENCE_UP_TO
+    found = by_backend(ONE_PASS, inputs, way(linear_cross_entropy), reference=reference)
     found[EAGER] = simple(way(plain_linear))
     found["torch compile"] = simple(way(torch.compile(plain_linear)))
     if hasattr(nn, "LinearCrossEntropyOptions") and hasattr(F, "linear_cross_entropy"):  # PyTorch 2.13
         chunks = nn.LinearCrossEntropyOptions()
         found["torch chunked"] = simple(way(lambda h, w, t: F.linear_cross_entropy(h, w, t, options=chunks)))
-    if supervised < 1:
+    if head.supervised < 1:
         found["torch rows first"] = simple(way(rows_first))
+    if head.frozen:
+        h, w, target = inputs
+        trainable = (h, w.detach().requires_grad_(), target)
+        found["its own trainable head"] = lambda: Provider(
+            run=partial(linear_step, linear_cross_entropy, mode, trainable), results=way(linear_cross_entropy)
+        )
     return found
 
 
-def linear_truth(vocab: int, dtype: torch.dtype, mode: str, supervised: float) -> Results:
-    h, w, target = linear_inputs(vocab, dtype, supervised)
-    count, wide = (target >= 0).sum(), w.detach().double().requires_grad_()
+def linear_truth(head: Head, dtype: torch.dtype, mode: str) -> Results:
+    h, w, target = head.inputs(dtype)
+    count, wide = (target >= 0).sum(), w.detach().double().requires_grad_(not head.frozen)
     loss, dh, dw = torch.zeros((), dtype=torch.float64, device=h.device), [], torch.zeros_like(wide)
     for x, t in zip(h.detach().split(256), target.split(256), strict=True):
         x = x.double().requires_grad_()
         part = F.cross_entropy(F.linear(x, wide), t, reduction="sum") / count
         loss += part.detach()
         if mode == "full":
-            part_dh, part_dw = torch.autograd.grad(part, (x, wide))
+            part_dh, *part_dw = torch.autograd.grad(part, (x,) if head.frozen else (x, wide))
             dh.append(part_dh)
-            dw += part_dw
-    return (loss, torch.cat(dh), dw) if mode == "full" else (loss,)
+            for g in part_dw:
+                dw += g
+    if mode == "forward":
+        return (loss,)
+    return (loss, torch.cat(dh)) if head.frozen else (loss, torch.cat(dh), dw)
 
 
-def linear_case(vocab: int, dtype: torch.dtype, mode: str, supervised: float, everything: bool) -> Case:
-    rows = int((targets(vocab, supervised) >= 0).sum())
+def linear_case(head: Head, dtype: torch.dtype, mode: str, everything: bool) -> Case:
+    rows = int((targets(head.vocab, head.supervised) >= 0).sum())
+    products = 1 if mode == "forward" else 2 if head.frozen else 3
+    config = {"N": N, "D": head.D, "supervised": head.supervised, "dtype": str(dtype).removeprefix("torch.")}
     return Case(
-        kernel_name="linear_cross_entropy", mode=mode, x=("V", "vocabulary", vocab),
-        config={"N": N, "D": D, "supervised": supervised, "dtype": str(dtype).removeprefix("torch.")},
-        providers=lambda: linear_providers(vocab, dtype, mode, supervised, everything),
-        gate=no_worse_than(EAGER, lambda: linear_truth(vocab, dtype, mode, supervised), dtype),
-        work=2 * rows * D * vocab * (3 if mode == "full" else 1), unit="FLOP", dtype=dtype, memory=True,
+        kernel_name="linear_cross_entropy", mode=mode, x=("V", "vocabulary", head.vocab),
+        config={**config, "head": "frozen"} if head.frozen else config,
+        providers=lambda: linear_providers(head, dtype, mode, everything),
+        gate=no_worse_than(EAGER, lambda: linear_truth(head, dtype, mode), dtype),
+        work=2 * rows * head.D * head.vocab * products, unit="FLOP", dtype=dtype, memory=not head.frozen,
     )  # fmt: skip
+
+
+LARGE = (
+    Head(50304, 512), Head(50304, 768), Head(50304, 512, supervised=0.15), Head(50304, 512, frozen=True),
+)  # fmt: skip
 
 
 def cases(everything: bool) -> Iterator[Case]:
@@ -185,11 +214,11 @@ def cases(everything: bool) -> Iterator[Case]:
         for vocab in (4096, 50304) if everything else (4096,):
             for mode in ("forward", "full"):
                 yield logits_case(vocab, dtype, mode, everything)
-        for vocab in (4096, 50304):
+        for head in (Head(4096), Head(50304)):
             for mode in ("forward", "full") if everything else ("full",):
-                yield linear_case(vocab, dtype, mode, 1.0, everything)
-        for vocab in (4096, 50304) if everything else (4096,):
-            yield linear_case(vocab, dtype, "full", 0.15, everything)
+                yield linear_case(head, dtype, mode, everything)
+        for head in (Head(4096, supervised=0.15), *(LARGE if everything else ())):
+            yield linear_case(head, dtype, "full", everything)
 
 
 SMALL = list(cases(False))

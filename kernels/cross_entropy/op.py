@@ -24,6 +24,7 @@ from hotloop.kernels.cross_entropy.checks import (
 )
 from hotloop.kernels.cross_entropy.contract import Options, accumulation_dtype
 from hotloop.kernels.dispatch import Backend, Table
+from hotloop.kernels.workspace import empty
 
 lib = torch.library.Library("hotloop", "FRAGMENT")
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
@@ -94,7 +95,7 @@ def _backward_into(
 
 
 def _backward(dloss: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return _backward_into(input.new_empty(input.shape), dloss, input, *rest)
+    return _backward_into(empty(input.shape, input.dtype, input.device), dloss, input, *rest)
 
 
 def _backward_(dloss: Tensor, input: Tensor, *rest: Any) -> None:

@@ -26,7 +26,7 @@ from hotloop.kernels.cross_entropy.contract import (
     gradient_dtype,
     row_coefficients,
 )
-from hotloop.kernels.workspace import workspace
+from hotloop.kernels.workspace import empty, workspace
 
 
 class ForwardKernel(Protocol):
@@ -161,7 +161,7 @@ class ProductSum:
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, steps: int):
         wide = accumulation_dtype(dtype)
         self.dtype = dtype
-        self.sum = torch.empty(shape, dtype=dtype if steps == 1 else wide, device=device)
+        self.sum = empty(shape, dtype if steps == 1 else wide, device)
         self.part = None
         if steps > 1 and dtype != wide:
             self.part = workspace("product", (config.product_rows(*shape, dtype), shape[1]), dtype, device)
@@ -206,7 +206,7 @@ def one_pass(
     step = config.chunk_rows(n, v, h.dtype)
     starts = range(0, n, step)
     buffer = workspace("logits", (step if n else 0, v), h.dtype, h.device)
-    dh = h.new_empty((n, d)) if needs.input else None
+    dh = empty((n, d), h.dtype, h.device) if needs.input else None
     dw = ProductSum((v, d), h.dtype, h.device, len(starts)) if needs.linear_weight else None
     db = h.new_zeros(v, dtype=scale.dtype) if needs.linear_bias else None
     parts = []
@@ -291,7 +291,7 @@ def recompute_backward(
     starts = range(0, v, width) if n else range(0)
     buffer = workspace("logits", (n * width,), h.dtype, h.device)
     dh = ProductSum((n, d), h.dtype, h.device, len(starts)) if needs.input else None
-    dw = h.new_empty((v, d)) if needs.linear_weight else None
+    dw = empty((v, d), h.dtype, h.device) if needs.linear_weight else None
     db = h.new_empty(v) if needs.linear_bias else None
     for first in starts:
         tile = slice(first, min(first + width, v))

@@ -1,8 +1,8 @@
 """Moments of 8 bits: a block of up to 256 elements of one row shares a scale, each element is a code.
 
 A code is a float of 8 bits whose distances from zero, not whose values, are spaced like floats. Beside a sign it has
-4 fraction bits and an exponent of 3, with K = 7; second moments, which have no sign, n = 3 fraction bits and an exponent
-of 5, with K = 31. With exponent e and fraction f of c = 2^n e + f
+n = 4 fraction bits and an exponent of 3, with K = 7; second moments, which have no sign, n = 3 and an exponent of 5,
+with K = 31. With exponent e and fraction f of c = 2^n e + f
 
     value(c) = (x(c) - 2^-K) * scale        x(c) = 2^(e - K) * (1 + f / 2^n)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import pytest
 import torch
 
 from hotloop.kernels.cross_entropy import linear_cross_entropy
 from hotloop.kernels.cross_entropy.cases import small_blocks, targets
-from hotloop.kernels.workspace import release_workspaces, workspace
+from hotloop.kernels.workspace import empty, release_workspaces, workspace
 
 CPU = torch.device("cpu")
 
@@ -36,6 +40,24 @@ def test_threads_have_their_own():
     with ThreadPoolExecutor(1) as pool:
         there, again = pool.map(address, range(2))
     assert here != there == again
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
+def test_large_results_ask_for_huge_pages():
+    """`hg` among the flags of the mapping, and of no mapping that a small result lies in."""
+
+    def advised(x: torch.Tensor) -> bool:
+        address, inside = x.data_ptr() + x.numel() // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+                first, last = (int(number, 16) for number in line.split()[0].split("-"))
+                inside = first <= address < last
+            elif inside and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        raise AssertionError("the tensor is in no mapping")
+
+    assert advised(empty((40 << 20,), torch.uint8, CPU))
+    assert not advised(empty((1 << 20,), torch.uint8, CPU))
 
 
 def test_other_devices_get_fresh_tensors():
