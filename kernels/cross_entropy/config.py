@@ -44,11 +44,15 @@ def product_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
     return max(1, min(rows, PRODUCT_BYTES // (max(columns, 1) * dtype.itemsize)))
 
 
-def sum_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
-    """What it takes to add products of narrow matrices in fp32; nothing for wide ones, whose sum is the gradient."""
+def sum_bytes(rows: int, columns: int, dtype: torch.dtype, *, direct: bool = False) -> int:
+    """What it takes to add products of narrow matrices in fp32; nothing for wide ones, whose sum is the gradient.
+
+    direct: products are added as they are computed (`gemm.py`) and need no room of their own.
+    """
     if dtype.itemsize >= 4:
         return 0
-    return (rows * 4 + product_rows(rows, columns, dtype) * (dtype.itemsize + 4)) * columns
+    product = 0 if direct else product_rows(rows, columns, dtype) * (dtype.itemsize + 4)
+    return (rows * 4 + product) * columns
 
 
 def block_rows(n: int, v: int, device_type: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hotloop.kernels.cross_entropy import config
+from hotloop.kernels.cross_entropy import config, gemm
 from hotloop.kernels.cross_entropy.checks import SCHEDULES
 from hotloop.kernels.cross_entropy.contract import gradient_dtype
 
@@ -73,17 +73,18 @@ def linear_cross_entropy_plan(
         )
     (v, d), n, dtype = linear_weight.shape, input.numel() // max(input.shape[-1], 1), input.dtype
     projected = n if max_valid is None else config.capacity(n, max_valid)
+    direct = gemm.is_there(dtype, input.device)
     item, wide = dtype.itemsize, gradient_dtype(dtype).itemsize
     copied = 0 if projected == n else projected * d * item
     step, width = config.chunk_rows(projected, v, dtype), config.tile_columns(projected, v, d, dtype)
 
     one_pass = min(step, projected) * v * item + copied
     if linear_weight.requires_grad and step < projected:
-        one_pass += config.sum_bytes(v, d, dtype)
+        one_pass += config.sum_bytes(v, d, dtype, direct=direct)
     recompute = min(config.recompute_rows(projected, v, d, dtype), projected) * v * item + copied
     if input.requires_grad or linear_weight.requires_grad:
         tile = projected * min(width, v) * item
-        sums = config.sum_bytes(projected, d, dtype) if input.requires_grad and width < v else 0
+        sums = config.sum_bytes(projected, d, dtype, direct=direct) if input.requires_grad and width < v else 0
         recompute = max(recompute, tile + copied) + sums
     return Plan(
         tokens=n, projected=projected, vocabulary=v, width=d, dtype=dtype,

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hotloop.kernels.cross_entropy import config
+from hotloop.kernels.cross_entropy import config, gemm
 from hotloop.kernels.cross_entropy.contract import (
     Coefficients,
     Gradients,
@@ -154,25 +154,24 @@ class Selection:
 class ProductSum:
     """sum_k a_k @ b_k, accumulated in at least fp32; the products themselves run in the dtype of a and b.
 
-    One product alone goes straight to the result. PyTorch has no product of bf16 matrices with an fp32 result on a CPU,
-    so each of several products of narrow matrices is rounded once before it is added.
+    One product alone goes straight to the result. Several of bf16 are added in fp32 where `gemm.py` can; elsewhere each
+    product of narrow matrices is rounded once before it is added.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, steps: int):
         wide = accumulation_dtype(dtype)
-        self.dtype = dtype
         self.sum = empty(shape, dtype if steps == 1 else wide, device)
-        self.part = None
-        if steps > 1 and dtype != wide:
-            self.part = workspace("product", (config.product_rows(*shape, dtype), shape[1]), dtype, device)
         self.empty = True
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if self.part is None:
+        if self.sum.dtype == a.dtype:
             self.sum.addmm_(a, b, beta=0 if self.empty else 1)
+        elif gemm.serves(self.sum, a, b):
+            gemm.add_product(self.sum, a, b, beta=0 if self.empty else 1)
         else:
-            for rows, total in zip(a.split(len(self.part)), self.sum.split(len(self.part)), strict=True):
-                part = torch.mm(rows, b, out=self.part[: len(rows)])
+            room = workspace("product", (config.product_rows(*self.sum.shape, a.dtype), b.shape[1]), a.dtype, a.device)
+            for rows, total in zip(a.split(len(room)), self.sum.split(len(room)), strict=True):
+                part = torch.mm(rows, b, out=room[: len(rows)])
                 total.copy_(part) if self.empty else total.add_(part)
         self.empty = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from hotloop.kernels.cross_entropy import (
     LinearCrossEntropy,
     config,
     cross_entropy,
+    gemm,
     linear_cross_entropy,
     linear_cross_entropy_stats,
 )
@@ -35,7 +37,7 @@ from hotloop.kernels.cross_entropy.cases import (
 )
 from hotloop.kernels.cross_entropy.contract import Needs, Options, Upstream
 from hotloop.kernels.cross_entropy.linear import ONE_PASS, RECOMPUTE
-from hotloop.kernels.cross_entropy.schedule import Selection
+from hotloop.kernels.cross_entropy.schedule import ProductSum, Selection
 from hotloop.kernels.dispatch import BackendError, explain, use_backend
 from hotloop.kernels.testing import LAYOUTS, assert_no_worse, draw_values, lay_out
 
@@ -817,3 +819,48 @@ def test_errors_say_what_was_given(change: dict[str, Any], error: type[Exception
     given = {"input": torch.randn(5, 3), "linear_weight": torch.randn(7, 3), "target": torch.zeros(5).long()} | change
     with pytest.raises(error, match=message):
         linear_cross_entropy(given.pop("input"), given.pop("linear_weight"), given.pop("target"), **given)
+
+
+# Sums of products in fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_products_are_added_in_fp32(dtype: torch.dtype, by_rows: bool):
+    if not gemm.is_there(dtype, torch.device("cpu")):
+        pytest.skip("this build of PyTorch exports no such product: `ProductSum` takes two steps")
+    draw = torch.Generator().manual_seed(0)
+    for m, k, n in ((1, 1, 1), (7, 33, 5), (64, 129, 40), (3, 0, 4), (130, 16, 1)):
+        a = torch.randn(*((m, k) if by_rows else (k, m)), generator=draw).to(dtype)
+        a = a if by_rows else a.T
+        b = torch.randn(k, n + 3, generator=draw).to(dtype)[:, :n]  # rows apart
+        total = torch.full((m, n), math.nan)
+        assert gemm.serves(total, a, b) or k == 0
+        exact = a.double() @ b.double()
+        for beta in (0.0, 1.0):
+            gemm.add_product(total, a, b, beta=beta)
+            expected = exact * (1 + beta)
+            torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not gemm.serves(total, a.float(), b.float())
+    assert not gemm.serves(total, a, b.T.contiguous().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_ways_to_add_products_are_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    draw = torch.Generator().manual_seed(1)
+    parts = [
+        (torch.randn(40, 16, generator=draw).to(dtype), torch.randn(16, 24, generator=draw).to(dtype)) for _ in range(5)
+    ]
+    exact = sum(a.double() @ b.double() for a, b in parts)
+    errors = {}
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(gemm, "serves", lambda *_: False)
+        total = ProductSum((40, 24), dtype, torch.device("cpu"), len(parts))
+        for a, b in parts:
+            total.add(a, b)
+        errors[direct] = ((total.result().double() - exact).norm() / exact.norm()).item()
+    assert errors[False] < torch.finfo(dtype).eps
+    assert errors[True] <= errors[False]
+    if gemm.is_there(dtype, torch.device("cpu")):
+        assert errors[True] < 1e-6
