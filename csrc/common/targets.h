@@ -3,6 +3,10 @@
 
 #include <string>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 // All headers are included before a target begins: an inline function of the standard library that was compiled for
 // AVX-512 could replace everybody's. HOTLOOP_CONTRACT after the beginning lets products and sums become fma.
 #define HOTLOOP_PRAGMA(text) _Pragma(#text)

@@ -59,7 +59,8 @@ def linear_cross_entropy_plan(
     max_valid: int | None = None,
     schedule: str = "auto",
 ) -> Plan:
-    """What `linear_cross_entropy` of these tensors would hold; tensors on the device "meta" will do.
+    """What `linear_cross_entropy` of these tensors would hold; tensors on the device "meta" will do (an upper bound
+    for a CPU, where sums of 16-bit products may need no room).
 
     Without gradients required of `input` and `linear_weight` the plan is that of a call that computes none. On a CPU
     rows whose targets are ignored are left out, which the plan cannot know: it is for all rows, or `max_valid`.
