@@ -64,6 +64,7 @@ class ValidRows:
     order: Tensor  # (B * T,) int64: where a row comes from
     place: Tensor  # (B * T,) int64: where it goes, the inverse
     cu_seqlens: Tensor  # (B + 1,) int32
+    shape: tuple[int, ...]  # (B, T)
 
     @staticmethod
     def of(valid: Tensor) -> ValidRows:  # (B, T) bool
@@ -73,13 +74,13 @@ class ValidRows:
         total = flat.sum()
         place = torch.where(flat, before, total + position - before)
         order = torch.empty_like(place).scatter_(0, place, position)
-        return ValidRows(order, place, F.pad(valid.sum(1).cumsum(0), (1, 0)).int())
+        return ValidRows(order, place, F.pad(valid.sum(1).cumsum(0), (1, 0)).int(), tuple(valid.shape))
 
     def pack(self, x: Tensor) -> Tensor:  # (B, T, H, D) -> (B * T, H, D)
         return _Permute.apply(x.flatten(0, 1), self.order, self.place)
 
     def unpack(self, x: Tensor) -> Tensor:  # (B * T, H, D) -> (B, T, H, D)
-        return _Permute.apply(x, self.place, self.order).unflatten(0, (self.cu_seqlens.shape[0] - 1, -1))
+        return _Permute.apply(x, self.place, self.order).unflatten(0, self.shape)
 
 
 def attention_valid_keys(

@@ -13,8 +13,9 @@ costs a copy of q, k, v and o there; pass none. Attention weights and dense bias
 error.
 
 Packed documents: pass cu_seq_lens_q (and max_length_q, as DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-does), or position_ids that start again in each document and no attention_mask. The latter does not say how many there
-are; on a GPU, and under torch.compile whether or not anything is packed, every position counts as a possible one.
+does). Or pass position_ids that start again in each document and no attention_mask, to a model whose "eager" heeds
+them; they do not say how many documents there are, so on a GPU, and under torch.compile whether or not anything is
+packed, there may be as many as positions.
 
 With a sliding window, padding must be at the ends of a row: distances are counted over valid tokens.
 """
@@ -80,9 +81,10 @@ def make_mask(
     """What `attention_forward` gets as its mask.
 
     None: nothing but what `causal` and the window hide.
-    (S + 1,) int32: cu_seqlens of documents, in the flattened batch.
-    (B, q_length + kv_length) bool: the valid rows of q, then those of k.
+    (1, 1, 1, S + 1) int32: cu_seqlens of documents, in the flattened batch.
+    (B, 1, 1, q_length + kv_length) bool: the valid rows of q, then those of k.
 
+    Four dimensions, because transformers calls this again for a mask of two, e.g. in `generate` with a static cache.
     Query i is at position i + q_offset and key j at j + kv_offset. A static cache holds keys past the last query.
     """
     pattern = _pattern(mask_function, use_vmap)
@@ -107,7 +109,7 @@ def make_mask(
     valid_k = valid[:, kv_offset:end]
     if static:
         valid_k = valid_k & (torch.arange(kv_offset, end, device=valid.device) < q_offset + q_length)
-    rows = torch.cat([valid_q, valid_k], 1)
+    rows = torch.cat([valid_q, valid_k], 1)[:, None, None]
     readable = rows.device.type == "cpu" and not torch.compiler.is_compiling()
     return None if readable and rows.all() else rows
 
@@ -127,7 +129,7 @@ def _pattern(mask_function: Callable[..., Tensor] | None, use_vmap: bool) -> str
 def _document_boundaries(
     mask_function: Callable[..., Tensor] | None, B: int, T: int, device: torch.device | str
 ) -> Tensor:
-    """cu_seqlens (S + 1,): a document starts where a query does not see the key before it."""
+    """cu_seqlens (1, 1, 1, S + 1): a document starts where a query does not see the key before it."""
     assert mask_function is not None
     i, batch = torch.arange(1, T, device=device), torch.arange(B, device=device)[:, None]
     sees_previous = mask_function(batch, torch.zeros_like(batch), i, i - 1).expand(B, T - 1)
@@ -135,7 +137,7 @@ def _document_boundaries(
     capacity = None
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = B + int(ids[:, -1].sum())
-    return cu_seqlens_from_document_ids(ids, capacity=capacity)
+    return cu_seqlens_from_document_ids(ids, capacity=capacity)[None, None, None]
 
 
 # --- the attention: once for each layer ---
@@ -192,24 +194,24 @@ def attention_forward(
         "sinks": s_aux,
         "dropout_p": dropout,
     }
-    documents = attention_mask if attention_mask is not None and attention_mask.dim() == 1 else None
+    packed = attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
     if cu_seq_lens_q is not None:
-        if attention_mask is not None and documents is None:
+        if attention_mask is not None and not packed:
             raise ValueError("cu_seq_lens_q and attention_mask exclude each other: expected one of them")
         cu_seqlens_q = cu_seq_lens_q.int()
         cu_seqlens_k = None if cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q else cu_seq_lens_k.int()
         o = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, host_bound(max_length_q), host_bound(max_length_k), options)
-    elif documents is not None:
-        o = _packed(q, k, v, documents, None, Tq, Tq, options)
     elif attention_mask is None:
         o = attention(q, k, v, **options)
-    elif attention_mask.dtype != torch.bool or attention_mask.shape != (B, Tq + Tk):
+    elif packed:
+        o = _packed(q, k, v, attention_mask.flatten().to(q.device), None, Tq, Tq, options)
+    elif attention_mask.dtype != torch.bool or attention_mask.shape != (B, 1, 1, Tq + Tk):
         raise ValueError(
             f"attention_mask {attention_mask.dtype} {tuple(attention_mask.shape)}: expected that of hotloop's mask "
             f"function; pass the model a padding mask (batch, positions), or choose another attn_implementation"
         )
     else:
-        o = _padded(q, k, v, *attention_mask.to(q.device).split([Tq, Tk], 1), options)
+        o = _padded(q, k, v, *attention_mask[:, 0, 0].to(q.device).split([Tq, Tk], 1), options)
     return (o if o.shape[-1] == Dv else o[..., :Dv]), None
 
 
