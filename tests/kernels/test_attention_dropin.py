@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hotloop.kernels.attention import attention
 from hotloop.kernels.drop_in import flash_attn
@@ -193,7 +194,7 @@ def test_flash_attn_refuses() -> None:
 LEADING = st.sampled_from([(), (2,), (2, 4), (1, 3, 2), (0, 2)])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), leading=LEADING)
 def test_scaled_dot_product_attention_is_pytorchs(data: st.DataObject, dtype: torch.dtype, leading) -> None:
     """Drawn shapes, head dimensions and masks; o and every gradient no further from fp64 than PyTorch's."""
@@ -319,9 +320,9 @@ def test_compiled_equals_eager(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["keys", "causal", "flash", "varlen"])
 def test_no_value_is_read(name: str) -> None:
-    """A meta tensor has no values: reading one raises."""
-    q, k, v = (torch.empty(2, 6, 2, 12, device="meta", requires_grad=True) for _ in range(3))
-    keys = torch.empty(2, 6, dtype=torch.bool, device="meta")
-    boundaries = torch.empty(3, dtype=torch.int32, device="meta")
-    o = drop_ins(keys, boundaries)[name](q, k, v)
-    assert [x.shape for x in torch.autograd.grad(o.sum(), (q, k, v))] == [q.shape] * 3
+    """A fake tensor has no values: reading one raises."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, 6, 2, 12, requires_grad=True) for _ in range(3))
+        keys, boundaries = torch.empty(2, 6, dtype=torch.bool), torch.empty(3, dtype=torch.int32)
+        o = drop_ins(keys, boundaries)[name](q, k, v)
+        assert [x.shape for x in torch.autograd.grad(o.sum(), (q, k, v))] == [q.shape] * 3
