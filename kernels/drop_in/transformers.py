@@ -17,7 +17,8 @@ does). Or pass position_ids that start again in each document and no attention_m
 them; they do not say how many documents there are, so on a GPU, and under torch.compile whether or not anything is
 packed, there may be as many as positions.
 
-With a sliding window, padding must be at the ends of a row: distances are counted over valid tokens.
+With a sliding window, padding must be at the ends of a row: distances are counted over valid tokens. As for
+transformers' own flash attention, a model has to hand its window and is_causal to the attention function.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def make_mask(
     attention_mask: Tensor | None = None,  # (B, positions so far) bool, False for padding
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     config: Any = None,
     device: torch.device | str = "cpu",
@@ -88,13 +90,19 @@ def make_mask(
     Query i is at position i + q_offset and key j at j + kv_offset. A static cache holds keys past the last query.
     """
     pattern = _pattern(mask_function, use_vmap)
+    bidirectional = allow_is_bidirectional_skip is not None
+    forced = not (allow_is_bidirectional_skip if bidirectional else allow_is_causal_skip)
+    if forced and (bidirectional or pattern == "causal_mask_function") and q_length > 1:
+        raise ValueError(
+            "the model works on the values of its mask, which is never formed; use attn_implementation='sdpa'"
+        )
     chunk = None if local_size == getattr(config, "sliding_window", None) else local_size
     if chunk is not None and kv_offset + kv_length > chunk:
         raise ValueError(f"attention in chunks of {chunk} is not served; choose another attn_implementation")
     cross = pattern == "bidirectional_mask_function"  # any query sees all valid keys, wherever both are
     static = not cross and (isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length)
     if attention_mask is None and not static:
-        packed = pattern == "and_mask" and not allow_is_causal_skip and q_length == kv_length
+        packed = forced and pattern == "and_mask" and not bidirectional and q_length == kv_length
         return _document_boundaries(mask_function, batch_size, q_length, device) if packed else None
 
     end = kv_offset + kv_length
@@ -211,7 +219,8 @@ def attention_forward(
             f"function; pass the model a padding mask (batch, positions), or choose another attn_implementation"
         )
     else:
-        o = _padded(q, k, v, *attention_mask[:, 0, 0].to(q.device).split([Tq, Tk], 1), options)
+        valid_q, valid_k = attention_mask[:, 0, 0].to(q.device).split([Tq, Tk], 1)
+        o = _padded(q, k, v, valid_q, valid_k, options)
     return (o if o.shape[-1] == Dv else o[..., :Dv]), None
 
 

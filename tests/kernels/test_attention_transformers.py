@@ -292,6 +292,13 @@ def test_masks_of_other_kinds_are_refused() -> None:
         masking.create_causal_mask(**arguments, and_mask_function=odd)
     with pytest.raises(ValueError, match="'or_mask' is not served"):
         masking.create_causal_mask(**arguments, block_sequence_ids=torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="works on the values of its mask"):
+        masking.create_causal_mask(**arguments, allow_is_causal_skip=False)
+    with pytest.raises(ValueError, match="works on the values of its mask"):
+        masking.create_bidirectional_mask(ours.config, embeddings, None, allow_is_bidirectional_skip=False)
+    assert masking.create_bidirectional_mask(ours.config, embeddings, None) is None
+    ours.config.sliding_window = 2
+    assert masking.create_bidirectional_sliding_window_mask(ours.config, embeddings, None) is None
     ours.config.attention_chunk_size = 4
     with pytest.raises(ValueError, match="attention in chunks of 4 is not served"):
         masking.create_chunked_causal_mask(**arguments)
