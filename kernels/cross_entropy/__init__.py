@@ -7,10 +7,9 @@
 | `linear_cross_entropy_stats` | the same with nll, lse, z_loss, entropy, correct, predicted, n_valid  |
 | `linear_cross_entropy_plan`  | what both schedules would hold in memory                              |
 | `LinearCrossEntropy`         | the projection and its loss as a module                               |
-| `dropin`                     | PyTorch's and Liger's functions and modules by their own signatures    |
 
 Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks), `op.py`
-and `linear.py` (operators and public functions).
+and `linear.py` (operators and public functions). Peers' signatures: `hotloop.kernels.drop_in`.
 """
 
 from hotloop.kernels.cross_entropy.linear import (

@@ -3,8 +3,7 @@
 | module             | stands in for                                                              |
 |--------------------|----------------------------------------------------------------------------|
 | `flash_attn`       | the `flash_attn_*func` of FlashAttention-2                                 |
-| `torch_functional` | `torch.nn.functional.scaled_dot_product_attention`                         |
+| `liger`            | loss modules of Liger-Kernel                                               |
+| `torch_functional` | losses and scaled_dot_product_attention of torch.nn.functional             |
 | `transformers`     | an `attn_implementation` of Hugging Face transformers: call its `register` |
-
-Those around the losses are in `hotloop.kernels.cross_entropy.dropin`.
 """

@@ -1,4 +1,8 @@
-"""Attention of torch.nn.functional by its own name, signature and values."""
+"""Functions of torch.nn.functional (2.13) by their own names, signatures and values.
+
+Where PyTorch's value differs from ours PyTorch's is given: a mean over no rows is NaN. What it takes and we do not is
+an error.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,86 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hotloop.kernels.attention import attention
+from hotloop.kernels.cross_entropy.linear import linear_cross_entropy as _linear
+from hotloop.kernels.cross_entropy.op import cross_entropy as _logits
 from hotloop.kernels.drop_in.padding import attention_valid_keys, pad_head_dim
+
+# --- losses ---
+
+
+def cross_entropy(
+    input: Tensor,  # (C,), (N, C) or (N, C, d_1, ..., d_K)
+    target: Tensor,  # (), (N,) or (N, d_1, ..., d_K)
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy` of class indices, in the input's dtype."""
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    _check_indices(target)
+    logits = input if input.dim() <= 2 else input.movedim(1, -1)
+    options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    loss = _logits(logits, target, reduction=reduction, **options)
+    return _mean_of_none(loss, target, weight, ignore_index, reduction).to(input.dtype)
+
+
+def linear_cross_entropy(
+    input: Tensor,  # (in_features,) or (N, in_features)
+    linear_weight: Tensor,  # (C, in_features)
+    target: Tensor,  # () or (N,)
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` of class indices. `options` choose PyTorch's chunks, here unused."""
+    _check_indices(target)
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            f"linear_weight has shape {tuple(linear_weight.shape)}: expected (C, in_features); losses of more "
+            "dimensions are torch.nn.functional.linear_cross_entropy's"
+        )
+    ignored = -100 if ignore_index is None else ignore_index
+    loss = _linear(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+        ignore_index=ignored, label_smoothing=label_smoothing,
+    )  # fmt: skip
+    return _mean_of_none(loss, target, weight, ignored, reduction).to(input.dtype)
+
+
+def _check_indices(target: Tensor) -> None:
+    if target.is_floating_point():
+        raise TypeError(
+            f"target is {target.dtype}, class probabilities: expected class indices (int64); "
+            "torch.nn.functional.cross_entropy takes probabilities"
+        )
+
+
+def _mean_of_none(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+    """A mean over no rows is NaN; its gradients are 0."""
+    if reduction != "mean":
+        return loss
+    return torch.where(total_weight(target, weight, ignore_index) == 0, torch.nan, loss)
+
+
+def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    valid = target != ignore_index
+    if weight is None:
+        return valid.sum().float()
+    return torch.where(valid, weight.float()[torch.where(valid, target, 0)], 0.0).sum()
+
+
+# --- attention ---
 
 
 def scaled_dot_product_attention(
@@ -86,4 +166,4 @@ def _valid_keys(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-__all__ = ["scaled_dot_product_attention"]
+__all__ = ["cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention"]

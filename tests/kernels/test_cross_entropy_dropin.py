@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotloop.kernels.cross_entropy import dropin
+from hotloop.kernels.drop_in import liger
+from hotloop.kernels.drop_in import torch_functional as ours_of
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -41,7 +42,7 @@ def test_cross_entropy_is_pytorchs(shape, rows, reduction, options):
     given: dict[str, Any] = {**options, "reduction": reduction}
     if "weight" in options:
         given |= {"weight": torch.rand(9, generator=draw) + 0.1, "label_smoothing": 0.1}
-    assert_alike(gradients(dropin.cross_entropy(x, t, **given), x), gradients(F.cross_entropy(x, t, **given), x))
+    assert_alike(gradients(ours_of.cross_entropy(x, t, **given), x), gradients(F.cross_entropy(x, t, **given), x))
 
 
 @pytest.mark.parametrize("function", ["logits", "linear"])
@@ -50,10 +51,10 @@ def test_nothing_but_ignored_rows_is_pytorchs_nan(function, reduction):
     x, w = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     t = torch.full((3,), -100)
     if function == "logits":
-        calls = (dropin.cross_entropy(x, t, reduction=reduction), F.cross_entropy(x, t, reduction=reduction))
+        calls = (ours_of.cross_entropy(x, t, reduction=reduction), F.cross_entropy(x, t, reduction=reduction))
         assert_alike(*(gradients(loss, x) for loss in calls))
         return
-    ours = gradients(dropin.linear_cross_entropy(x, w, t, reduction=reduction), x, w)
+    ours = gradients(ours_of.linear_cross_entropy(x, w, t, reduction=reduction), x, w)
     assert_alike(ours, gradients(F.cross_entropy(x @ w.T, t, reduction=reduction), x, w))
 
 
@@ -62,17 +63,17 @@ def test_legacy_arguments_and_dtypes():
     for size_average, reduce in itertools.product((None, True, False), repeat=2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # both arguments are deprecated
-            ours = dropin.cross_entropy(x, t, None, size_average, -100, reduce)
+            ours = ours_of.cross_entropy(x, t, None, size_average, -100, reduce)
             theirs = F.cross_entropy(x, t, None, size_average, -100, reduce)
         torch.testing.assert_close(ours, theirs)
-    assert dropin.cross_entropy(x.bfloat16(), t).dtype == torch.bfloat16
+    assert ours_of.cross_entropy(x.bfloat16(), t).dtype == torch.bfloat16
 
 
 def test_what_is_not_served_says_so():
     with pytest.raises(TypeError, match=r"target is torch.float32, class probabilities: expected class indices"):
-        dropin.cross_entropy(torch.randn(3, 5), torch.rand(3, 5))
+        ours_of.cross_entropy(torch.randn(3, 5), torch.rand(3, 5))
     with pytest.raises(ValueError, match=r"linear_weight has shape \(7, 2, 5\): expected \(C, in_features\)"):
-        dropin.linear_cross_entropy(torch.randn(3, 5), torch.randn(7, 2, 5), torch.zeros(3, 2, dtype=torch.int64))
+        ours_of.linear_cross_entropy(torch.randn(3, 5), torch.randn(7, 2, 5), torch.zeros(3, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -89,7 +90,7 @@ def test_linear_cross_entropy_is_pytorchs(reduction, options):
         given["weight"] = torch.rand(9, generator=draw) + 0.1
         given["linear_bias"] = torch.randn(9, generator=draw).requires_grad_()
         inputs.append(given["linear_bias"])
-    ours = gradients(dropin.linear_cross_entropy(x, w, t, **given), *inputs)
+    ours = gradients(ours_of.linear_cross_entropy(x, w, t, **given), *inputs)
     assert_alike(ours, gradients(F.linear_cross_entropy(x, w, t, **given), *inputs))
 
 
@@ -104,9 +105,9 @@ LIGER: list[dict[str, Any]] = [
 ]
 
 
-def liger(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
+def both(name: str, given: dict[str, Any]) -> tuple[Any, Any]:
     transformers = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
-    return getattr(dropin, name)(**given), getattr(transformers, name)(**given)
+    return getattr(liger, name)(**given), getattr(transformers, name)(**given)
 
 
 def values(found: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +124,7 @@ def test_cross_entropy_is_ligers(options):
     x, t = torch.randn(5, 70, generator=draw), torch.randint(70, (5,), generator=draw)
     t[1] = options.get("ignore_index", -100)
     given = {**options, **({"weight": torch.rand(70, generator=draw) + 0.1} if "weight" in options else {})}
-    ours, theirs = liger("LigerCrossEntropyLoss", given)
+    ours, theirs = both("LigerCrossEntropyLoss", given)
     own = x.clone().requires_grad_()
     found = values(ours(own, t), own)
     with emulator.triton("sm_80"):
@@ -142,7 +143,7 @@ def test_fused_linear_cross_entropy_is_ligers(options):
     given = {k: v for k, v in options.items() if k != "weight"}
     if "weight" in options:
         given["ce_weight"] = torch.rand(70, generator=draw) + 0.1
-    ours, theirs = liger("LigerFusedLinearCrossEntropyLoss", given)
+    ours, theirs = both("LigerFusedLinearCrossEntropyLoss", given)
     results = []
     for module in (ours, theirs):
         inputs = [v.clone().requires_grad_() for v in (w, x, bias)]

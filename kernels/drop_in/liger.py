@@ -1,8 +1,7 @@
-"""Names, signatures and values of other implementations, computed by this package.
+"""Loss modules of Liger-Kernel (0.8) by their own names, signatures and values.
 
-`cross_entropy` and `linear_cross_entropy` are those of torch.nn.functional (2.13), the two modules those of
-Liger-Kernel 0.8. Where a peer's value differs from ours the peer's is given: a mean over no rows is NaN for PyTorch,
-and Liger adds z-loss over the number of rows, whatever the class weights. What they take and we do not is an error.
+Where Liger's value differs from ours Liger's is given: it adds z-loss over the number of rows, whatever the class
+weights.
 """
 
 from __future__ import annotations
@@ -15,80 +14,7 @@ from torch import Tensor, nn
 from hotloop.kernels.cross_entropy.linear import linear_cross_entropy as _linear
 from hotloop.kernels.cross_entropy.linear import linear_cross_entropy_stats
 from hotloop.kernels.cross_entropy.op import cross_entropy as _logits
-
-# --- torch.nn.functional ---
-
-
-def cross_entropy(
-    input: Tensor,  # (C,), (N, C) or (N, C, d_1, ..., d_K)
-    target: Tensor,  # (), (N,) or (N, d_1, ..., d_K)
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """`torch.nn.functional.cross_entropy` of class indices, in the input's dtype."""
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    _check_indices(target)
-    logits = input if input.dim() <= 2 else input.movedim(1, -1)
-    options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = _logits(logits, target, reduction=reduction, **options)
-    return _mean_of_none(loss, target, weight, ignore_index, reduction).to(input.dtype)
-
-
-def linear_cross_entropy(
-    input: Tensor,  # (in_features,) or (N, in_features)
-    linear_weight: Tensor,  # (C, in_features)
-    target: Tensor,  # () or (N,)
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: Any = None,
-) -> Tensor:
-    """`torch.nn.functional.linear_cross_entropy` of class indices. `options` choose PyTorch's chunks, here unused."""
-    _check_indices(target)
-    if linear_weight.dim() != 2:
-        raise ValueError(
-            f"linear_weight has shape {tuple(linear_weight.shape)}: expected (C, in_features); losses of more "
-            "dimensions are torch.nn.functional.linear_cross_entropy's"
-        )
-    ignored = -100 if ignore_index is None else ignore_index
-    loss = _linear(
-        input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
-        ignore_index=ignored, label_smoothing=label_smoothing,
-    )  # fmt: skip
-    return _mean_of_none(loss, target, weight, ignored, reduction).to(input.dtype)
-
-
-def _check_indices(target: Tensor) -> None:
-    if target.is_floating_point():
-        raise TypeError(
-            f"target is {target.dtype}, class probabilities: expected class indices (int64); "
-            "torch.nn.functional.cross_entropy takes probabilities"
-        )
-
-
-def _mean_of_none(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
-    """A mean over no rows is NaN; its gradients are 0."""
-    if reduction != "mean":
-        return loss
-    return torch.where(_total_weight(target, weight, ignore_index) == 0, torch.nan, loss)
-
-
-def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    valid = target != ignore_index
-    if weight is None:
-        return valid.sum().float()
-    return torch.where(valid, weight.float()[torch.where(valid, target, 0)], 0.0).sum()
-
-
-# --- Liger-Kernel ---
+from hotloop.kernels.drop_in.torch_functional import total_weight
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -188,7 +114,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             share = torch.where(valid, torch.exp(-rows.nll.detach()), 0.0)
             loss, z_rows = loss * share, z_rows * share
         if self.reduction == "mean":
-            total = _total_weight(target, self.ce_weight, self.ignore_index)
+            total = total_weight(target, self.ce_weight, self.ignore_index)
             loss = loss / torch.where(total == 0, 1.0, total)
             z_rows = z_rows / valid.sum().clamp(min=1)
         loss = loss + z_rows
@@ -215,10 +141,4 @@ def _liger_output(
     )
 
 
-__all__ = [
-    "CrossEntropyOutput",
-    "LigerCrossEntropyLoss",
-    "LigerFusedLinearCrossEntropyLoss",
-    "cross_entropy",
-    "linear_cross_entropy",
-]
+__all__ = ["CrossEntropyOutput", "LigerCrossEntropyLoss", "LigerFusedLinearCrossEntropyLoss"]
