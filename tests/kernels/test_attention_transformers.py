@@ -190,11 +190,7 @@ def test_dropout() -> None:
 # --- generation ---
 
 
-@pytest.mark.parametrize(
-    "build",
-    [gpt2, gemma2, *(pytest.param(build, marks=pytest.mark.slow) for build in (llama, mistral, gpt_oss, deepseek))],
-    ids=lambda build: build.__name__,
-)
+@pytest.mark.parametrize("build", DECODERS, ids=lambda build: build.__name__)
 def test_generate(build: Callable[[], nn.Module]) -> None:
     """Prompts padded on the left, longer than the window; with a cache that grows and one of a fixed size."""
     eager, ours = pair(build)
@@ -235,6 +231,7 @@ def test_compiled_without_graph_breaks(side: str) -> None:
     check(eager, torch.compile(ours, fullgraph=True, backend="aot_eager"), mask, both)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*deprecated:FutureWarning")
 def test_gradient_checkpointing() -> None:
     eager, ours = pair(llama)
     ours.gradient_checkpointing_enable({"use_reentrant": False})
