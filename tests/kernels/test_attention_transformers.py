@@ -201,6 +201,19 @@ def test_generate(build: Callable[[], nn.Module]) -> None:
             assert torch.equal(ours.generate(x, **given), eager.generate(x, **given)), (cache, mask)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [llama, gemma2], ids=lambda build: build.__name__)
+def test_generate_compiled(build: Callable[[], nn.Module]) -> None:
+    """One graph for each step over a cache of fixed size, with a mask and without."""
+    eager, ours = pair(build)
+    x, options = tokens(3, 6), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    compile_config = T.CompileConfig(backend="aot_eager", fullgraph=True)
+    compile_config._compile_all_devices = True
+    for mask in (padding("left", 3, 6), None):
+        given = {**options, "attention_mask": mask, "cache_implementation": "static"}
+        assert torch.equal(ours.generate(x, **given, compile_config=compile_config), eager.generate(x, **given))
+
+
 def test_generate_with_an_encoder() -> None:
     eager, ours = pair(bart)
     given = {"attention_mask": padding("right", 3, 12), "max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 2}
@@ -229,6 +242,14 @@ def test_compiled_without_graph_breaks(side: str) -> None:
     if side != "absent":
         both |= {"attention_mask": mask}
     check(eager, torch.compile(ours, fullgraph=True, backend="aot_eager"), mask, both)
+
+
+def test_compiled_with_dynamic_shapes() -> None:
+    eager, ours = pair(llama)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (12, 9):
+        mask = padding("left", 3, length)
+        check(eager, compiled, mask, {"input_ids": tokens(3, length), "attention_mask": mask, "use_cache": False})
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*deprecated:FutureWarning")
