@@ -88,7 +88,7 @@ def options_of(
     left, right = (-1 if side is None else side for side in window_size)
     if left < -1 or right < -1:
         raise ValueError(f"window_size = {window_size}: expected two numbers that are not negative, or None or -1")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale = {scale}: must be finite")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap = {softcap}: must be finite and greater than 0, or None for none")

@@ -194,7 +194,7 @@ def test_flash_attn_refuses() -> None:
 LEADING = st.sampled_from([(), (2,), (2, 4), (1, 3, 2), (0, 2)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), leading=LEADING)
 def test_scaled_dot_product_attention_is_pytorchs(data: st.DataObject, dtype: torch.dtype, leading) -> None:
     """Drawn shapes, head dimensions and masks; o and every gradient no further from fp64 than PyTorch's."""

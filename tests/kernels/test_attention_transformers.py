@@ -190,11 +190,7 @@ def test_dropout() -> None:
 # --- generation ---
 
 
-@pytest.mark.parametrize(
-    "build",
-    [gpt2, gemma2, *(pytest.param(build, marks=pytest.mark.slow) for build in (llama, mistral, gpt_oss, deepseek))],
-    ids=lambda build: build.__name__,
-)
+@pytest.mark.parametrize("build", DECODERS, ids=lambda build: build.__name__)
 def test_generate(build: Callable[[], nn.Module]) -> None:
     """Prompts padded on the left, longer than the window; with a cache that grows and one of a fixed size."""
     eager, ours = pair(build)
@@ -203,6 +199,19 @@ def test_generate(build: Callable[[], nn.Module]) -> None:
         for mask in (padding("left", 3, 6), None):
             given = {**options, "attention_mask": mask, "cache_implementation": cache}
             assert torch.equal(ours.generate(x, **given), eager.generate(x, **given)), (cache, mask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [llama, gemma2], ids=lambda build: build.__name__)
+def test_generate_compiled(build: Callable[[], nn.Module]) -> None:
+    """One graph for each step over a cache of fixed size, with a mask and without."""
+    eager, ours = pair(build)
+    x, options = tokens(3, 6), {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    compile_config = T.CompileConfig(backend="aot_eager", fullgraph=True)
+    compile_config._compile_all_devices = True
+    for mask in (padding("left", 3, 6), None):
+        given = {**options, "attention_mask": mask, "cache_implementation": "static"}
+        assert torch.equal(ours.generate(x, **given, compile_config=compile_config), eager.generate(x, **given))
 
 
 def test_generate_with_an_encoder() -> None:
@@ -235,6 +244,15 @@ def test_compiled_without_graph_breaks(side: str) -> None:
     check(eager, torch.compile(ours, fullgraph=True, backend="aot_eager"), mask, both)
 
 
+def test_compiled_with_dynamic_shapes() -> None:
+    eager, ours = pair(llama)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (12, 9):
+        mask = padding("left", 3, length)
+        check(eager, compiled, mask, {"input_ids": tokens(3, length), "attention_mask": mask, "use_cache": False})
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*deprecated:FutureWarning")
 def test_gradient_checkpointing() -> None:
     eager, ours = pair(llama)
     ours.gradient_checkpointing_enable({"use_reentrant": False})
