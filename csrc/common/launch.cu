@@ -14,7 +14,7 @@ void check(cudaError_t error, const std::string& name) {
 
 std::unordered_map<std::string, const void*> all_kernels() {
   std::unordered_map<std::string, const void*> found;
-  for (const auto& kernels : {cross_entropy_kernels(), optimizer_kernels()})
+  for (const auto& kernels : {attention_kernels(), cross_entropy_kernels(), optimizer_kernels()})
     for (const CudaKernel& kernel : kernels) found[kernel.name] = kernel.function;
   return found;
 }

@@ -1,0 +1,127 @@
+// Which rows a CTA computes, and which keys those rows see. The letters: kernels/attention/options.py.
+//
+// The heads that share a head of K and V are rows of one tile: row r of a segment is query r / group of head r % group.
+// So K and V are read once for all of them, a short segment fills its tiles better, and fewer keys lie on the edge of a
+// causal mask.
+#pragma once
+
+#include <cstdint>
+
+namespace hotloop::attention {
+
+constexpr int ROWS = 128;  // of a tile: queries times heads of a group
+
+struct Strides {
+  int64_t batch, position, head;  // in elements
+  __device__ int64_t operator()(int b, int i, int h) const { return b * batch + i * position + h * head; }
+};
+
+// Packed by kernels/attention/cuda.py.
+struct Problem {
+  Strides q, k, v;
+  int batch;              // B, or S segments of a packed batch
+  int Tq, Tk;             // of a packed batch: the totals
+  int Hk, group;          // Hq = Hk * group
+  int left, right;        // window; -1: unbounded
+  int places, together;   // tiles of a column, columns (below) that are worked on at the same time
+  float scale, softcap;   // softcap 0: none
+};
+
+struct Tile {
+  int batch, head;       // head of K and V
+  int first_q, first_k;  // where the segment starts
+  int Tq, Tk;            // of the segment
+  int first, count;      // rows [first, first + count) of the segment
+  int64_t q, k, v;       // offsets of the segment's position 0 of the head (of the group's first)
+
+  __device__ int position(int row, int group) const { return (first + row) / group; }  // within the segment
+};
+
+// Place `place` of a packed batch. Segment s has the places from slot(s) = cu_seqlens_q[s] * group / ROWS + s up to
+// slot(s + 1), which are at least as many as its tiles, as floor(b) - floor(a) + 1 >= ceil(b - a). So it is found by
+// search, without a sum over the segments before it, and the number of places is known to the host. What lies past
+// cu_seqlens_q[S] is segment S, without keys. All lanes of a warp search together, 32 segments a step.
+__device__ inline void find_segment(Tile& tile, int place, const int* cu_seqlens_q, const int* cu_seqlens_k,
+                                    const Problem& p) {
+  const auto slot = [&](int s) { return int64_t(cu_seqlens_q[s]) * p.group / ROWS + s; };
+  int s = 0, step = 1;
+  while (step * 32ll <= p.batch) step *= 32;
+  for (; step > 0; step /= 32) {
+    const int64_t probe = s + int64_t(threadIdx.x % 32) * step;
+    const bool is_before = probe <= p.batch && slot(int(probe)) <= place;
+    s += step * (__popc(__ballot_sync(~0u, is_before)) - 1);
+  }
+  tile.first_q = cu_seqlens_q[s];
+  tile.Tq = (s < p.batch ? cu_seqlens_q[s + 1] : p.Tq) - tile.first_q;
+  tile.first_k = s < p.batch ? cu_seqlens_k[s] : 0;
+  tile.Tk = s < p.batch ? cu_seqlens_k[s + 1] - tile.first_k : 0;
+  tile.first = int(place - slot(s)) * ROWS;
+}
+
+// The tile of this CTA; count <= 0: none. A column is a head of K and V, of a dense batch for each of its elements.
+// Columns are worked on `together` at a time, as many as stay in the L2 cache, and of those the tiles with the most keys
+// under a causal mask come first.
+__device__ inline Tile find_tile(const int* cu_seqlens_q, const int* cu_seqlens_k, const Problem& p) {
+  const bool is_packed = cu_seqlens_q != nullptr;
+  const int columns = is_packed ? p.Hk : p.batch * p.Hk;
+  const int section = blockIdx.x / (p.places * p.together), rest = blockIdx.x % (p.places * p.together);
+  const int width = min(p.together, columns - section * p.together);
+  const int place = p.places - 1 - rest / width, column = section * p.together + rest % width;
+  Tile tile;
+  tile.head = column % p.Hk;
+  tile.batch = column / p.Hk;
+  if (is_packed) {
+    find_segment(tile, place, cu_seqlens_q, cu_seqlens_k, p);
+  } else {
+    tile.first_q = tile.first_k = 0;
+    tile.Tq = p.Tq;
+    tile.Tk = p.Tk;
+    tile.first = place * ROWS;
+  }
+  tile.count = min(ROWS, tile.Tq * p.group - tile.first);
+  tile.q = p.q(tile.batch, tile.first_q, tile.head * p.group);
+  tile.k = p.k(tile.batch, tile.first_k, tile.head);
+  tile.v = p.v(tile.batch, tile.first_k, tile.head);
+  return tile;
+}
+
+// Keys [begin, end) that query i of the segment sees.
+struct Keys {
+  int begin, end;
+};
+__device__ inline Keys keys_of(int i, const Tile& tile, const Problem& p) {
+  const int diagonal = i + tile.Tk - tile.Tq;
+  return {p.left < 0 ? 0 : max(0, diagonal - p.left), p.right < 0 ? tile.Tk : min(tile.Tk, diagonal + p.right + 1)};
+}
+// Keys that some of the rows [row, row + count) of the tile see; none where all of those are past its end.
+__device__ inline Keys keys_of_rows(int row, int count, const Tile& tile, const Problem& p) {
+  const int last = min(row + count, tile.count) - 1;
+  if (last < row) return {0, 0};
+  return {keys_of(tile.position(row, p.group), tile, p).begin, keys_of(tile.position(last, p.group), tile, p).end};
+}
+
+// The keys that a tile's rows see, in blocks and in the order of the loop: first the blocks that every row sees whole, then
+// those at the edges.
+struct Blocks {
+  int full, edges;        // how many
+  int first, first_full;  // [first, first + full + edges) are seen, [first_full, first_full + full) whole
+
+  __device__ int count() const { return full + edges; }
+  __device__ int operator[](int t) const {
+    if (t < full) return first_full + t;
+    const int block = first + t - full;
+    return block < first_full ? block : block + full;
+  }
+};
+
+template <int WIDTH>
+__device__ Blocks blocks_of(const Tile& tile, const Problem& p) {
+  const Keys top = keys_of(tile.position(0, p.group), tile, p);
+  const Keys bottom = keys_of(tile.position(tile.count - 1, p.group), tile, p);
+  const int end = max(0, bottom.end + WIDTH - 1) / WIDTH;
+  const int first = min(top.begin / WIDTH, end), first_full = min((bottom.begin + WIDTH - 1) / WIDTH, end);
+  const int full = max(0, max(0, top.end) / WIDTH - first_full);
+  return {full, end - first - full, first, first_full};
+}
+
+}  // namespace hotloop::attention
