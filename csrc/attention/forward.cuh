@@ -15,10 +15,8 @@ namespace hotloop::attention {
 constexpr int WARPS = 4, THREADS = 32 * WARPS, WARP_ROWS = ROWS / WARPS;
 constexpr int HEIGHT = WARP_ROWS / 16;     // of a warp's part of a tile, in matrices of mma.sync
 constexpr int MINE = 2 * HEIGHT;           // rows of which a thread holds columns; rows[r] is 8 r + lane / 4 of the warp's
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+static_assert(THREADS == ROWS, "each thread finds the diagonal of one row");
 constexpr unsigned ALL = 0xffffffffu;
-// Probabilities may grow to 2^HEADROOM before sums are rescaled, which therefore is seldom; fp16 holds 2^15.
-constexpr float HEADROOM = 8;
 
 template <class T_, int D_, int KEYS_, int STAGES_>
 struct Shape {
@@ -40,25 +38,27 @@ __device__ inline uint32_t after(uint32_t address, int d) { return (address ^ (d
 
 __device__ inline float tanh(float x) {
   const float a = fabsf(x), xx = x * x;
-  const float far = 1 - __fdividef(2, 1 + ptx::exp2(2 * LOG2_E * a));
+  const float far = 1 - __fdividef(2, 1 + ptx::exp2(2 * 1.4426950408889634f * a));
   // Near 0 that difference would cancel; the next term is below 2^-24 of the sum.
   const float near = a + a * xx * (-1 / 3.0f + xx * (2 / 15.0f + xx * (-17 / 315.0f)));
   return copysignf(a < 0.2f ? near : far, x);
 }
+
+// What follows from these is computed anew in each step, for want of registers.
+__device__ inline int warp_of_thread() { return ptx::opaque(threadIdx.x / 32); }
+__device__ inline int lane_of_thread() { return ptx::opaque(threadIdx.x % 32); }
+__device__ inline int row_of_thread() { return warp_of_thread() * WARP_ROWS + lane_of_thread() / 4; }
 
 template <class S>
 struct Forward {
   using T = typename S::T;
   const Problem& p;
   const Tile& tile;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t q_tile;  // in shared memory: Q, later O; then the ring
-  // A score is q . k, or with a softcap the hyperbolic tangent; times `unit` it is the s of the formula.
-  const float unit = p.softcap > 0 ? p.softcap : p.scale, factor = unit * LOG2_E;
 
   float out[HEIGHT][S::D / 8][4] = {};  // sums of p v
   float total[MINE] = {};               // sums of p over this thread's columns
-  float reference[MINE];                // a score that is at most HEADROOM / factor below the row's highest; -inf: none yet
+  float reference[MINE];                // a score of the row, at most `headroom` below its highest; -inf: none yet
   float score[HEIGHT][S::KEYS / 8][4];
   uint32_t probability[S::KEYS / 16][HEIGHT][4];  // left operands of mma.sync
 
@@ -67,19 +67,23 @@ struct Forward {
     for (float& x : reference) x = -INFINITY;
   }
 
-  __device__ int row(int r) const { return warp * WARP_ROWS + 8 * r + lane / 4; }
   __device__ int head(int row) const { return tile.head * p.group + (tile.first + row) % p.group; }
-  // score = q k^T, from minus the reference on: the subtraction costs nothing, and is exact where scores are huge.
+  // score = q k^T - reference. The products are summed from minus the reference on, which costs nothing. Where that is
+  // large they are summed from 0, as the sum would be rounded to its last place (and equal scores must stay equal).
   __device__ void score_block(uint32_t k_block) {
+    float later[MINE];
+    bool is_later = p.squash > 0;
 #pragma unroll
-    for (int m = 0; m < HEIGHT; m++)
+    for (int r = 0; r < MINE; r++) {
+      const float base = reference[r] == -INFINITY ? 0 : reference[r];
+      const bool is_far = p.squash > 0 || fabsf(base) > p.far;
+      is_later |= is_far;
+      later[r] = is_far ? base : 0;
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float base = reference[2 * m + e / 2];
-        const float start = p.softcap > 0 || base == -INFINITY ? 0 : -base;
-#pragma unroll
-        for (int j = 0; j < S::KEYS / 8; j++) score[m][j][e] = start;
-      }
+      for (int j = 0; j < S::KEYS / 8; j++)
+        score[r / 2][j][r % 2 * 2] = score[r / 2][j][r % 2 * 2 + 1] = is_far ? 0 : -base;
+    }
+    const int warp = warp_of_thread(), lane = lane_of_thread();
     const uint32_t q_row = q_tile + place<S>(warp * WARP_ROWS + lane % 16, lane / 16);
     const uint32_t k_row = k_block + place<S>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -98,11 +102,9 @@ struct Forward {
         }
       }
     }
-    if (p.softcap > 0) {
-      const float inverse = p.scale / p.softcap;
-      each_score([&](float& x, int r) {
-        x = tanh(x * inverse) - (reference[r] == -INFINITY ? 0 : reference[r]);
-      });
+    if (__any_sync(ALL, is_later)) {
+      if (p.squash > 0) each_score([&](float& x, int) { x = tanh(x * p.squash); });
+      each_score([&](float& x, int r) { x -= later[r]; });
     }
   }
 
@@ -116,11 +118,12 @@ struct Forward {
         for (int e = 0; e < 4; e++) f(score[m][j][e], 2 * m + e / 2);
   }
 
-  __device__ void mask(int first_key) {
+  __device__ void mask(int first_key, const int (&diagonals)[ROWS]) {
+    const int row = row_of_thread(), column = lane_of_thread() % 4 * 2;
 #pragma unroll
     for (int r = 0; r < MINE; r++) {
-      const Keys keys = keys_of(tile.position(row(r), p.group), tile, p);
-      const int begin = keys.begin - first_key - lane % 4 * 2;
+      const Keys keys = keys_of(diagonals[row + 8 * r], tile, p);
+      const int begin = keys.begin - first_key - column;
       const unsigned width = max(0, keys.end - keys.begin);
 #pragma unroll
       for (int j = 0; j < S::KEYS / 8; j++)
@@ -139,11 +142,11 @@ struct Forward {
     each_score([&](float& x, int r) { peak[r] = fmaxf(peak[r], x); });
 #pragma unroll
     for (int r = 0; r < MINE; r++) {
-      limit[r] = reference[r] == -INFINITY ? -INFINITY : HEADROOM / factor;
+      limit[r] = reference[r] == -INFINITY ? -INFINITY : p.headroom;
       is_high |= peak[r] > limit[r];
     }
     if (__any_sync(ALL, is_high)) raise(peak, limit);
-    each_score([&](float& x, int r) { total[r] += x = ptx::exp2(x * factor); });
+    each_score([&](float& x, int r) { total[r] += x = ptx::exp2(x * p.factor); });
     // Two accumulators of 8 columns lie as one left operand of 16.
 #pragma unroll
     for (int i = 0; i < S::KEYS / 16; i++)
@@ -165,7 +168,7 @@ struct Forward {
       const bool is_first = reference[r] == -INFINITY;
       if (!(peak[r] > limit[r])) peak[r] = 0;
       else reference[r] = is_first ? peak[r] : reference[r] + peak[r];
-      shrink[r] = is_first ? 0 : ptx::exp2(-peak[r] * factor);
+      shrink[r] = is_first ? 0 : ptx::exp2(-peak[r] * p.factor);
       total[r] *= shrink[r];
     }
     each_score([&](float& x, int r) { x -= peak[r]; });
@@ -179,6 +182,7 @@ struct Forward {
 
   // out += p v
   __device__ void add_block(uint32_t v_block) {
+    const int lane = lane_of_thread();
     const uint32_t v_row = v_block + place<S>(lane % 16, lane / 16);
 #pragma unroll
     for (int i = 0; i < S::KEYS / 16; i++) {
@@ -197,6 +201,7 @@ struct Forward {
 
   // o and lse of this warp's rows. o goes through the warp's part of Q's tile, to be written by whole rows.
   __device__ void finish(T* o, float* lse) {
+    const int warp = warp_of_thread(), lane = lane_of_thread(), top = row_of_thread();
     const int Hq = p.Hk * p.group;
     const int64_t first = int64_t(tile.batch) * p.Tq + tile.first_q;  // position of the segment in o
     float inverse[MINE];
@@ -206,9 +211,10 @@ struct Forward {
       total[r] += __shfl_xor_sync(ALL, total[r], 2);
       const bool sees_none = total[r] == 0;
       inverse[r] = sees_none ? 0 : 1 / total[r];
-      if (lane % 4 == 0 && row(r) < tile.count)
-        lse[(int64_t(tile.batch) * Hq + head(row(r))) * p.Tq + tile.first_q + tile.position(row(r), p.group)] =
-            sees_none ? -INFINITY : fmaf(unit, reference[r], logf(total[r]));
+      const int row = top + 8 * r;
+      if (lane % 4 == 0 && row < tile.count)
+        lse[(int64_t(tile.batch) * Hq + head(row)) * p.Tq + tile.first_q + tile.position(row, p.group)] =
+            sees_none ? -INFINITY : fmaf(p.unit, reference[r], logf(total[r]));
     }
 #pragma unroll
     for (int m = 0; m < HEIGHT; m++)
@@ -217,7 +223,7 @@ struct Forward {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const float scale = inverse[2 * m + half];
-          ptx::store_shared(q_tile + place<S>(row(2 * m + half), j) + lane % 4 * 4,
+          ptx::store_shared(q_tile + place<S>(top + 8 * (2 * m + half), j) + lane % 4 * 4,
                             ptx::pack<T>(out[m][j][2 * half] * scale, out[m][j][2 * half + 1] * scale));
         }
     __syncwarp();
@@ -271,6 +277,7 @@ __device__ void forward(const typename S::T* q,    // (B, Tq, Hq, D) or (total_q
   __shared__ Tile tile;
   __shared__ Blocks blocks;
   __shared__ Keys seen[WARPS];
+  __shared__ int diagonals[ROWS];
   if (threadIdx.x < 32) {
     const Tile found = find_tile(cu_seqlens_q, cu_seqlens_k, p);
     if (threadIdx.x == 0) tile = found, blocks = blocks_of<S::KEYS>(found, p);
@@ -278,6 +285,7 @@ __device__ void forward(const typename S::T* q,    // (B, Tq, Hq, D) or (total_q
   }
   __syncthreads();
   if (tile.count <= 0) return;
+  diagonals[threadIdx.x] = diagonal_of(threadIdx.x, tile, p);  // read after further barriers
   const uint32_t q_tile = ptx::shared_address(room), ring = q_tile + S::Q_BYTES;
   // The copies of step 2 t + ahead; step 2 t reads K of block t, step 2 t + 1 its V.
   const auto fetch = [&](int t, int ahead, uint32_t to) {
@@ -307,11 +315,12 @@ __device__ void forward(const typename S::T* q,    // (B, Tq, Hq, D) or (total_q
   };
   const auto work = [&](int t, auto is_edge) {
     const int first_key = blocks[t] * S::KEYS;
-    const bool has_work = first_key < seen[rows.warp].end && first_key + S::KEYS > seen[rows.warp].begin;
+    const Keys mine = seen[warp_of_thread()];
+    const bool has_work = first_key < mine.end && first_key + S::KEYS > mine.begin;
     arrive(t, 0);
     if (has_work) {
       rows.score_block(reading);
-      if constexpr (decltype(is_edge)::value) rows.mask(first_key);
+      if constexpr (decltype(is_edge)::value) rows.mask(first_key, diagonals);
       rows.weigh();
     }
     advance();

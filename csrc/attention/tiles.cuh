@@ -23,8 +23,11 @@ struct Problem {
   int Tq, Tk;             // of a packed batch: the totals
   int Hk, group;          // Hq = Hk * group
   int left, right;        // window; -1: unbounded
-  int places, together;   // tiles of a column, columns (below) that are worked on at the same time
-  float scale, softcap;   // softcap 0: none
+  int places, together;   // tiles of a column, and columns that are worked on at the same time: find_tile
+  float unit, factor;     // s = unit * score, in natural units and in those of exp2
+  float headroom;         // how far a score may be above its row's reference,
+  float far;              // and up to which reference products are summed from minus it on: scores()
+  float squash;           // the score is tanh(squash * (q . k)); 0: q . k itself
 };
 
 struct Tile {
@@ -85,19 +88,24 @@ __device__ inline Tile find_tile(const int* cu_seqlens_q, const int* cu_seqlens_
   return tile;
 }
 
-// Keys [begin, end) that query i of the segment sees.
+// The key that row `row` of the tile is aligned with.
+__device__ inline int diagonal_of(int row, const Tile& tile, const Problem& p) {
+  return tile.position(row, p.group) + tile.Tk - tile.Tq;
+}
+
+// The keys [begin, end) that are seen from a diagonal.
 struct Keys {
   int begin, end;
 };
-__device__ inline Keys keys_of(int i, const Tile& tile, const Problem& p) {
-  const int diagonal = i + tile.Tk - tile.Tq;
+__device__ inline Keys keys_of(int diagonal, const Tile& tile, const Problem& p) {
   return {p.left < 0 ? 0 : max(0, diagonal - p.left), p.right < 0 ? tile.Tk : min(tile.Tk, diagonal + p.right + 1)};
 }
+
 // Keys that some of the rows [row, row + count) of the tile see; none where all of those are past its end.
 __device__ inline Keys keys_of_rows(int row, int count, const Tile& tile, const Problem& p) {
   const int last = min(row + count, tile.count) - 1;
   if (last < row) return {0, 0};
-  return {keys_of(tile.position(row, p.group), tile, p).begin, keys_of(tile.position(last, p.group), tile, p).end};
+  return {keys_of(diagonal_of(row, tile, p), tile, p).begin, keys_of(diagonal_of(last, tile, p), tile, p).end};
 }
 
 // The keys that a tile's rows see, in blocks and in the order of the loop: first the blocks that every row sees whole, then
@@ -116,8 +124,8 @@ struct Blocks {
 
 template <int WIDTH>
 __device__ Blocks blocks_of(const Tile& tile, const Problem& p) {
-  const Keys top = keys_of(tile.position(0, p.group), tile, p);
-  const Keys bottom = keys_of(tile.position(tile.count - 1, p.group), tile, p);
+  const Keys top = keys_of(diagonal_of(0, tile, p), tile, p);
+  const Keys bottom = keys_of(diagonal_of(tile.count - 1, tile, p), tile, p);
   const int end = max(0, bottom.end + WIDTH - 1) / WIDTH;
   const int first = min(top.begin / WIDTH, end), first_full = min((bottom.begin + WIDTH - 1) / WIDTH, end);
   const int full = max(0, max(0, top.end) / WIDTH - first_full);

@@ -11,6 +11,13 @@ namespace hotloop::ptx {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// x, of which the compiler does not know that it is the same each time: what follows from it is computed where it is used
+// instead of being kept in registers throughout a loop.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16 bytes from global to shared memory in the background, both aligned to 16; zeros where not `valid`, and then nothing
 // is read.
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {

@@ -6,6 +6,7 @@ need no gradient are served.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -21,8 +22,14 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # As in csrc/attention/tiles.cuh and forward.cuh.
 ROWS, THREADS = 128, 128
-_PROBLEM = struct.Struct("<9q9i2f4x")
+_PROBLEM = struct.Struct("<9q9i5f")
 _LARGEST = 2**30
+LOG2_E = math.log2(math.e)
+# Probabilities may grow to 2^HEADROOM before sums are rescaled, which is therefore seldom; fp16 holds less than 2^16.
+HEADROOM = 8
+# Scores relative to a reference beyond FAR are found by a subtraction of their own; up to there an addition of the
+# tensor cores is rounded to 2^-16 at most, in units of exp2.
+FAR = 256
 _ALIGNMENT = 16  # bytes, of what cp.async copies
 # What the CTAs that run at the same time may read of K and V, to find it in the L2 cache of any of these GPUs.
 _L2_BYTES = 16 << 20
@@ -43,7 +50,7 @@ class Tiling:
 # By head_dim, larger first: the first of which two CTAs share a multiprocessor, so that one computes while the other
 # waits. 64 keys at head_dim 128 take 80 KiB, which GPUs with 100 KiB (sm_86, sm_89, sm_120) do not have twice.
 TILINGS = {64: (Tiling(64, 3),), 128: (Tiling(64, 3), Tiling(32, 2))}
-CTAS, _OWN_SHARED = 2, 1024 + 256  # bytes that the system and the kernel's variables take of each
+CTAS, _OWN_SHARED = 2, 1024 + 1024  # bytes that the system and the kernel's variables take of each
 
 
 def tiling(D: int, shared_memory: int) -> Tiling:
@@ -131,6 +138,7 @@ def launch(
         places, columns = Tq * group // ROWS + batch + 1, Hk  # a bound that the kernel explains: find_segment
     together = min(columns, max(1, _L2_BYTES // max(1, 2 * Tk * D * q.element_size())))
     t = tiling(D, shared_memory)
+    unit = options.softcap or options.scale
     arguments = {
         "q": q,
         "k": k,
@@ -143,7 +151,9 @@ def launch(
             *(stride for x in (q, k, v) for stride in strides(x)),
             *(batch, Tq, Tk, Hk, group),
             *(min(side, _LARGEST) for side in (options.window_left, options.window_right)),
-            *(places, together, options.scale, options.softcap),
+            *(places, together),
+            *(unit, unit * LOG2_E, HEADROOM / (unit * LOG2_E), FAR / (unit * LOG2_E)),
+            options.scale / unit if options.softcap > 0 else 0.0,
         ),
     }
     name = f"attention_forward_{DTYPES[q.dtype]}_d{D}_keys{t.keys}_stages{t.stages}"

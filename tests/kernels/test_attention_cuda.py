@@ -128,7 +128,7 @@ SIZES = ((1, 1), (113, 203), (203, 113), (128, 217), (217, 128), (108, 256), (25
 HEADS = ((1, 1), (2, 2), (3, 1), (4, 2))
 PAIRS = [
     (size, HEADS[i % 4], (64, 128)[i % 2], (BF16, FP16)[i // 2 % 2], (A100, RTX)[i // 4 % 2],
-     ("sm_80", "sm_90a", "sm_120")[i % 3], SCHEDULES[i // 2 % 3], MASKS[i % len(MASKS)])
+     ("sm_80", "sm_90a")[i // 2 % 2], SCHEDULES[i // 2 % 3], MASKS[i % len(MASKS)])
     for i, size in enumerate((*SIZES, *SIZES[1:5]))
 ]  # fmt: skip
 
@@ -238,8 +238,8 @@ def test_windows_that_no_block_fills():
 
 
 def test_bits_do_not_depend_on_the_schedule():
-    for D, shared in ((64, A100), (128, A100), (128, RTX)):
-        q, k, v = draw_qkv(150, 260, (2, 1), D, BF16)
+    for D, shared in ((64, A100), (128, RTX)):
+        q, k, v = draw_qkv(70, 150, (2, 1), D, BF16)
         options = options_of(q, k, right=0)
         results = []
         for schedule in SCHEDULES:
@@ -257,12 +257,14 @@ def cu(*lengths: int) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-LENGTHS_Q = (3, 0, 130, 1, 64, 0, 43, 0, 0)
-LENGTHS_K = (3, 5, 70, 1, 64, 0, 200, 0, 0)
+LENGTHS_Q = (3, 0, 130, 1, 0, 43, 0, 0)
+LENGTHS_K = (3, 5, 70, 1, 0, 100, 0, 0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("heads", "mask"), [((1, 1), CAUSAL), ((6, 2), {}), ((3, 1), {"left": 20, "right": 4})])
+@pytest.mark.parametrize(
+    ("heads", "mask", "schedule"),
+    [((6, 2), {}, SCHEDULES[0]), ((1, 1), CAUSAL, SCHEDULES[1]), ((3, 1), {"left": 20, "right": 4}, SCHEDULES[2])],
+)
 def test_packed_documents(heads, mask, schedule):
     """Each as alone, bit for bit; NaN in one reaches no other; past the end zeros, whatever is there."""
     (Hq, Hk), (total_q, total_k) = heads, (sum(LENGTHS_Q) + 9, sum(LENGTHS_K) + 5)
@@ -347,7 +349,7 @@ def test_strided_inputs_are_read_in_place():
 
 
 def test_rows_that_cp_async_cannot_read_are_copied():
-    x = draw(1, 20, 1, 64, seed=1, dtype=BF16)
+    x = draw(1, 20, 2, 64, seed=1, dtype=BF16)
     offset = torch.zeros(x.numel() + 8, dtype=BF16)[1 : x.numel() + 1].view(x.shape).copy_(x)
     padded = F.pad(x, (0, 3))[..., :64]
     transposed = x.mT.contiguous().mT
@@ -357,7 +359,6 @@ def test_rows_that_cp_async_cannot_read_are_copied():
         for odd in (offset, padded, transposed):
             assert cuda.aligned(odd) is not odd
             assert torch.equal(forward(odd, odd, odd, options)[0], expected)
-    assert cuda.aligned(x[:, ::2]) is not None
     single = torch.zeros(100, dtype=BF16)[8:72].as_strided((1, 1, 1, 64), (3, 5, 7, 1))
     assert cuda.aligned(single) is single, "strides of dimensions of size 1 do not matter"
 
