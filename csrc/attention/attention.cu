@@ -11,7 +11,8 @@
     using namespace hotloop::attention;                                                                                \
     forward<Shape<T, D, KEYS, STAGES>>(q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, p);                                \
   }
-#define HOTLOOP_SHAPES(DO, SUFFIX, T) DO(SUFFIX, T, 64, 64, 3, 3) DO(SUFFIX, T, 128, 64, 3, 2) DO(SUFFIX, T, 128, 32, 2, 2)
+#define HOTLOOP_SHAPES(DO, SUFFIX, T) \
+  DO(SUFFIX, T, 64, 64, 3, 3) DO(SUFFIX, T, 128, 64, 3, 2) DO(SUFFIX, T, 128, 32, 2, 2)
 
 HOTLOOP_SHAPES(HOTLOOP_FORWARD, bf16, __nv_bfloat16)
 HOTLOOP_SHAPES(HOTLOOP_FORWARD, fp16, __half)

@@ -1,8 +1,8 @@
 // Attention forward on tensor cores through mma.sync: sm_80 and newer. The formula: kernels/attention/op.py.
 //
 // A CTA computes a tile of ROWS rows (tiles.cuh), each of its warps WARP_ROWS of them, over blocks of keys. Scores,
-// probabilities and outputs stay in registers. Blocks pass through a ring of STAGES buffers in shared memory, in the order
-// K of the first block, its V, K of the second, ...; at each step one is read while the next STAGES - 1 are under way.
+// probabilities and outputs stay in registers. Blocks pass through a ring of STAGES buffers in shared memory, in the
+// order K of the first, its V, K of the second, ...; at each step one is read, and the next STAGES - 1 are under way.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +13,8 @@
 namespace hotloop::attention {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, WARP_ROWS = ROWS / WARPS;
-constexpr int HEIGHT = WARP_ROWS / 16;     // of a warp's part of a tile, in matrices of mma.sync
-constexpr int MINE = 2 * HEIGHT;           // rows of which a thread holds columns; rows[r] is 8 r + lane / 4 of the warp's
+constexpr int HEIGHT = WARP_ROWS / 16;  // of a warp's part of a tile, in matrices of mma.sync
+constexpr int MINE = 2 * HEIGHT;        // rows of which a thread holds columns: rows 8 r + lane / 4 of its warp's
 static_assert(THREADS == ROWS, "each thread finds the diagonal of one row");
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -33,7 +33,7 @@ template <class S>
 __device__ uint32_t place(int row, int chunk) {
   return row * S::ROW_BYTES + ((chunk ^ (row & 7)) << 4);
 }
-// The address of chunk c + 2 d from that of chunk c < 2 of a row. Four addresses serve any D, the rest is in the offset.
+// The address of chunk c + 2 d from that of chunk c < 2 of a row. Four addresses serve any D, the rest is an offset.
 __device__ inline uint32_t after(uint32_t address, int d) { return (address ^ (d % 4 << 5)) + d / 4 * 128; }
 
 __device__ inline float tanh(float x) {
@@ -68,6 +68,7 @@ struct Forward {
   }
 
   __device__ int head(int row) const { return tile.head * p.group + (tile.first + row) % p.group; }
+
   // score = q k^T - reference. The products are summed from minus the reference on, which costs nothing. Where that is
   // large they are summed from 0, as the sum would be rounded to its last place (and equal scores must stay equal).
   __device__ void score_block(uint32_t k_block) {

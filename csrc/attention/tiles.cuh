@@ -23,10 +23,10 @@ struct Problem {
   int Tq, Tk;             // of a packed batch: the totals
   int Hk, group;          // Hq = Hk * group
   int left, right;        // window; -1: unbounded
-  int places, together;   // tiles of a column, and columns that are worked on at the same time: find_tile
+  int slots, together;    // find_tile
   float unit, factor;     // s = unit * score, in natural units and in those of exp2
-  float headroom;         // how far a score may be above its row's reference,
-  float far;              // and up to which reference products are summed from minus it on: scores()
+  float headroom;         // how far a score may be above its row's reference
+  float far;              // up to which reference products are summed from minus it on: score_block
   float squash;           // the score is tanh(squash * (q . k)); 0: q . k itself
 };
 
@@ -40,46 +40,46 @@ struct Tile {
   __device__ int position(int row, int group) const { return (first + row) / group; }  // within the segment
 };
 
-// Place `place` of a packed batch. Segment s has the places from slot(s) = cu_seqlens_q[s] * group / ROWS + s up to
-// slot(s + 1), which are at least as many as its tiles, as floor(b) - floor(a) + 1 >= ceil(b - a). So it is found by
-// search, without a sum over the segments before it, and the number of places is known to the host. What lies past
-// cu_seqlens_q[S] is segment S, without keys. All lanes of a warp search together, 32 segments a step.
-__device__ inline void find_segment(Tile& tile, int place, const int* cu_seqlens_q, const int* cu_seqlens_k,
+// What a slot of a packed batch holds. Segment s has the slots from first(s) = cu_seqlens_q[s] * group / ROWS + s up to
+// first(s + 1), at least as many as it has tiles, as floor(b) - floor(a) + 1 >= ceil(b - a). So it is found by search,
+// without a sum over the segments before it, and the host knows the number of slots. What lies past cu_seqlens_q[S] is
+// segment S, without keys. All lanes of a warp search together, 32 segments a step.
+__device__ inline void find_segment(Tile& tile, int slot, const int* cu_seqlens_q, const int* cu_seqlens_k,
                                     const Problem& p) {
-  const auto slot = [&](int s) { return int64_t(cu_seqlens_q[s]) * p.group / ROWS + s; };
+  const auto first = [&](int s) { return int64_t(cu_seqlens_q[s]) * p.group / ROWS + s; };
   int s = 0, step = 1;
   while (step * 32ll <= p.batch) step *= 32;
   for (; step > 0; step /= 32) {
     const int64_t probe = s + int64_t(threadIdx.x % 32) * step;
-    const bool is_before = probe <= p.batch && slot(int(probe)) <= place;
+    const bool is_before = probe <= p.batch && first(int(probe)) <= slot;
     s += step * (__popc(__ballot_sync(~0u, is_before)) - 1);
   }
   tile.first_q = cu_seqlens_q[s];
   tile.Tq = (s < p.batch ? cu_seqlens_q[s + 1] : p.Tq) - tile.first_q;
   tile.first_k = s < p.batch ? cu_seqlens_k[s] : 0;
   tile.Tk = s < p.batch ? cu_seqlens_k[s + 1] - tile.first_k : 0;
-  tile.first = int(place - slot(s)) * ROWS;
+  tile.first = int(slot - first(s)) * ROWS;
 }
 
-// The tile of this CTA; count <= 0: none. A column is a head of K and V, of a dense batch for each of its elements.
-// Columns are worked on `together` at a time, as many as stay in the L2 cache, and of those the tiles with the most keys
-// under a causal mask come first.
+// The tile of this CTA; count <= 0: none. A column is a head of K and V (of one element of a dense batch), and has
+// `slots` slots for tiles. Columns are worked on `together` at a time, as many as stay in the L2 cache, and of those the
+// last slots come first, which have the most keys under a causal mask.
 __device__ inline Tile find_tile(const int* cu_seqlens_q, const int* cu_seqlens_k, const Problem& p) {
   const bool is_packed = cu_seqlens_q != nullptr;
   const int columns = is_packed ? p.Hk : p.batch * p.Hk;
-  const int section = blockIdx.x / (p.places * p.together), rest = blockIdx.x % (p.places * p.together);
+  const int section = blockIdx.x / (p.slots * p.together), rest = blockIdx.x % (p.slots * p.together);
   const int width = min(p.together, columns - section * p.together);
-  const int place = p.places - 1 - rest / width, column = section * p.together + rest % width;
+  const int slot = p.slots - 1 - rest / width, column = section * p.together + rest % width;
   Tile tile;
   tile.head = column % p.Hk;
   tile.batch = column / p.Hk;
   if (is_packed) {
-    find_segment(tile, place, cu_seqlens_q, cu_seqlens_k, p);
+    find_segment(tile, slot, cu_seqlens_q, cu_seqlens_k, p);
   } else {
     tile.first_q = tile.first_k = 0;
     tile.Tq = p.Tq;
     tile.Tk = p.Tk;
-    tile.first = place * ROWS;
+    tile.first = slot * ROWS;
   }
   tile.count = min(ROWS, tile.Tq * p.group - tile.first);
   tile.q = p.q(tile.batch, tile.first_q, tile.head * p.group);
@@ -108,8 +108,8 @@ __device__ inline Keys keys_of_rows(int row, int count, const Tile& tile, const 
   return {keys_of(diagonal_of(row, tile, p), tile, p).begin, keys_of(diagonal_of(last, tile, p), tile, p).end};
 }
 
-// The keys that a tile's rows see, in blocks and in the order of the loop: first the blocks that every row sees whole, then
-// those at the edges.
+// The keys that a tile's rows see, in blocks and in the order of the loop: first the blocks that every row sees whole,
+// then those at the edges.
 struct Blocks {
   int full, edges;        // how many
   int first, first_full;  // [first, first + full + edges) are seen, [first_full, first_full + full) whole

@@ -11,15 +11,15 @@ namespace hotloop::ptx {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// x, of which the compiler does not know that it is the same each time: what follows from it is computed where it is used
-// instead of being kept in registers throughout a loop.
+// x, of which the compiler does not know that it is the same each time: what follows from it is computed where it is
+// used, instead of being kept in registers throughout a loop.
 __device__ inline uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// 16 bytes from global to shared memory in the background, both aligned to 16; zeros where not `valid`, and then nothing
-// is read.
+// 16 bytes from global to shared memory in the background, both aligned to 16; where not `valid` zeros, and nothing is
+// read.
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
@@ -46,8 +46,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&m)[4], uint32_t row) 
                : "memory");
 }
 
-// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). Lane 4 r + t holds c[r][2 t], c[r][2 t + 1] and the same of row r + 8; of a
-// the 8 x 8 quarters top left, bottom left, top right, bottom right; of b the upper and the lower half, transposed.
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). Lane 4 r + t holds c[r][2 t], c[r][2 t + 1] and the same of row r + 8; of
+// a the 8 x 8 quarters top left, bottom left, top right, bottom right; of b the upper and the lower half, transposed.
 template <class T>
 __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

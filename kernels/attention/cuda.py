@@ -24,6 +24,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 ROWS, THREADS = 128, 128
 _PROBLEM = struct.Struct("<9q9i5f")
 _LARGEST = 2**30
+_SMALLEST = 2.0**-50
 LOG2_E = math.log2(math.e)
 # Probabilities may grow to 2^HEADROOM before sums are rescaled, which is therefore seldom; fp16 holds less than 2^16.
 HEADROOM = 8
@@ -80,8 +81,8 @@ def supports(
         return "has no alibi_slopes"
     if sinks is not None:
         return "has no sinks"
-    if options.scale <= 0:
-        return f"scale {options.scale}: takes positive ones"
+    if not all(_SMALLEST <= x <= 1 / _SMALLEST for x in (options.scale, options.softcap or 1.0)):
+        return f"scale {options.scale} and softcap {options.softcap}: takes {_SMALLEST} to {1 / _SMALLEST}"
     if max(q.shape[-3] * q.shape[-2], k.shape[-3]) >= _LARGEST:
         return f"positions times heads of q, and positions of k, must be below {_LARGEST}"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -131,11 +132,11 @@ def launch(
     Tk, Hk = k.shape[-3:-1]
     group = Hq // Hk
     if cu_seqlens_q is None:
-        batch, places = q.shape[0], -(-Tq * group // ROWS)
+        batch, slots = q.shape[0], -(-Tq * group // ROWS)
         columns = batch * Hk
     else:
         batch = cu_seqlens_q.shape[0] - 1
-        places, columns = Tq * group // ROWS + batch + 1, Hk  # a bound that the kernel explains: find_segment
+        slots, columns = Tq * group // ROWS + batch + 1, Hk  # a bound that the kernel explains: find_segment
     together = min(columns, max(1, _L2_BYTES // max(1, 2 * Tk * D * q.element_size())))
     t = tiling(D, shared_memory)
     unit = options.softcap or options.scale
@@ -151,13 +152,13 @@ def launch(
             *(stride for x in (q, k, v) for stride in strides(x)),
             *(batch, Tq, Tk, Hk, group),
             *(min(side, _LARGEST) for side in (options.window_left, options.window_right)),
-            *(places, together),
+            *(slots, together),
             *(unit, unit * LOG2_E, HEADROOM / (unit * LOG2_E), FAR / (unit * LOG2_E)),
             options.scale / unit if options.softcap > 0 else 0.0,
         ),
     }
     name = f"attention_forward_{DTYPES[q.dtype]}_d{D}_keys{t.keys}_stages{t.stages}"
-    return Launch(name, (places * columns, 1), THREADS, t.shared(D), arguments)
+    return Launch(name, (slots * columns, 1), THREADS, t.shared(D), arguments)
 
 
 def aligned(x: Tensor) -> Tensor:

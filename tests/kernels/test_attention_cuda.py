@@ -168,6 +168,14 @@ def test_accuracy_on_drawn_cases(B, Tq, Tk, heads, D, dtype, left, right, softca
         check(q, k, v, options, *forward(q, k, v, options))
 
 
+def test_more_heads_than_rows_of_a_tile():
+    """A group of 130 heads, so that a tile ends within a query."""
+    q, k, v = draw_qkv(3, 20, (130, 1), 64, BF16)
+    options = options_of(q, k, right=0)
+    with emulated():
+        check(q, k, v, options, *forward(q, k, v, options))
+
+
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
 def test_softcap(softcap):
     """Small scores, where tanh is nearly the identity, and scores that it cuts off."""
@@ -399,6 +407,30 @@ def test_causal_work_is_half():
     assert 0.5 < counts[1] / counts[0] < 0.54
 
 
+# --- a GPU ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_accuracy_on_this_gpu(dtype, D, mask):
+    for size, heads in itertools.product((*SIZES, (1000, 1023)), HEADS):
+        q, k, v = draw_qkv(*size, heads, D, dtype)
+        options = options_of(q, k, **mask)
+        there = [x.cuda() for x in (q, k, v)]
+        reason = cuda.supports(*there, None, None, None, None, options, False)
+        if reason is not None:
+            pytest.skip(reason)
+        results = [forward(*there, options) for _ in range(3)]
+        packed = forward(*(x[0] for x in there), options, (cu(size[0]).cuda(), cu(size[1]).cuda()))
+        o, lse = (x.cpu() for x in results[0])
+        check(q, k, v, options, o, lse)
+        for again in (*results[1:], (packed[0][None], packed[1][None])):
+            assert torch.equal(again[0].cpu(), o)
+            assert torch.equal(again[1].cpu(), lse)
+
+
 # --- choice ---
 
 
@@ -431,7 +463,8 @@ def test_reasons():
     assert "no dropout" in reason(q, k, v, dropout_p=0.1)
     assert "no alibi_slopes" in reason(q, k, v, rest=(None, None, torch.zeros(2), None))
     assert "no sinks" in reason(q, k, v, rest=(None, None, None, torch.zeros(2)))
-    assert "scale -1.0" in reason(q, k, v, scale=-1.0)
+    assert "scale -1.0 and softcap 0.0: takes" in reason(q, k, v, scale=-1.0)
+    assert "scale 1.0 and softcap 1e+20: takes" in reason(q, k, v, scale=1.0, softcap=1e20)
     assert "below 1073741824" in reason(q.expand(1, 8, 2, 64)[:, :1].expand(1, 2**29, 2, 64), k, v)
     k.requires_grad_()
     assert "no backward" in reason(q, k, v)
@@ -444,20 +477,18 @@ def test_reasons():
 # --- compiled for every target ---
 
 
-def kernels() -> list[str]:
-    return [
-        f"attention_forward_{dtype}_d{D}_keys{t.keys}_stages{t.stages}"
-        for dtype in cuda.DTYPES.values()
-        for D, tilings in cuda.TILINGS.items()
-        for t in tilings
-    ]
+def kernels(dtype: str) -> list[str]:
+    shapes = [(D, t) for D, tilings in cuda.TILINGS.items() for t in tilings]
+    return [f"attention_forward_{dtype}_d{D}_keys{t.keys}_stages{t.stages}" for D, t in shapes]
 
 
 def measured() -> dict[str, dict[str, int]]:
     found = {}
-    for target, name in itertools.product(("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"), kernels()):
-        r = emulator.static(SOURCE, target, name=name, include_dirs=[SOURCE.parents[1]])
-        found[f"{name.removeprefix('attention_')}, {target}"] = r.budget("HMMA", "LDSM", "LDGSTS.128", "STG.128")
+    targets = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+    for target, dtype in [*((target, "bf16") for target in targets), ("sm_80", "fp16")]:
+        for name in kernels(dtype):
+            r = emulator.static(SOURCE, target, name=name, include_dirs=[SOURCE.parents[1]])
+            found[f"{name}, {target}"] = r.budget("HMMA", "LDSM", "LDGSTS.128", "STG.128")
     return found
 
 
