@@ -236,11 +236,12 @@ def test_queries_that_see_nothing(Tk):
     check(q, k, v, options, o, lse)
 
 
-def test_windows_that_no_block_fills():
-    """A window beyond the keys on either side, and one that leaves queries without keys between those with."""
-    q, k, v = draw_qkv(150, 100, (1, 1), 64, BF16)
-    for mask in ({"left": 2**31 - 1, "right": 2**31 - 1}, {"left": 0, "right": 0}, {"left": 3, "right": 0}):
-        options = options_of(q, k, **mask)
+@pytest.mark.parametrize("Tk", [100, 150])
+def test_narrow_and_endless_windows(Tk):
+    """Windows of one key or two, at the ends of blocks and of a warp's rows, and windows beyond all keys."""
+    q, k, v = draw_qkv(150, Tk, (1, 1), 64, BF16)
+    for left, right in ((2**31 - 1, 2**31 - 1), (0, 0), (1, 0), (0, 1)):
+        options = options_of(q, k, left, right)
         with emulated():
             check(q, k, v, options, *forward(q, k, v, options))
 
