@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -406,6 +407,21 @@ def test_causal_work_is_half():
             forward(q, k, v, options_of(q, k, **mask))
         counts.append(launches[0]["mma_m16n8k16"])
     assert 0.5 < counts[1] / counts[0] < 0.54
+
+
+def test_longest_tiles_come_first(monkeypatch):
+    """The first CTAs of a causal launch take the last rows, of as many heads as share the L2 cache."""
+    T, H = 300, 4
+    q, k, v = draw_qkv(T, T, (H, H), 64, BF16)
+    options = options_of(q, k, **CAUSAL)
+    monkeypatch.setattr(cuda, "_L2_BYTES", 2 * 2 * T * 64 * 2)
+    o, lse = torch.full_like(q, math.nan), torch.full((1, H, T), math.nan)
+    for ctas, written in ((2, [(0, 256), (1, 256)]), (6, [(0, 0), (1, 0)]), (8, [(0, 0), (1, 0), (2, 256), (3, 256)])):
+        launch = cuda.launch(q, k, v, None, None, o, lse, options, A100)
+        with emulated():
+            replace(launch, grid=(ctas, 1)).run(q.device)
+        first = [(~lse[0, h].isnan()).nonzero()[:1].flatten().tolist() for h in range(H)]
+        assert [(h, at[0]) for h, at in enumerate(first) if at] == written
 
 
 # --- a GPU ---
