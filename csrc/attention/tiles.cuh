@@ -47,6 +47,12 @@ struct Tile {
 __device__ inline void find_segment(Tile& tile, int slot, const int* cu_seqlens_q, const int* cu_seqlens_k,
                                     const Problem& p) {
   const auto first = [&](int s) { return int64_t(cu_seqlens_q[s]) * p.group / ROWS + s; };
+  // The segment is at least this one. From there on all may be empty, as those that fill a fixed capacity are.
+  const int least = max(0, slot - int(int64_t(p.Tq) * p.group / ROWS));
+  if (cu_seqlens_q[least] == cu_seqlens_q[p.batch] && slot < first(p.batch)) {
+    tile.first_q = tile.first_k = tile.Tq = tile.Tk = tile.first = 0;
+    return;
+  }
   int s = 0, step = 1;
   while (step * 32ll <= p.batch) step *= 32;
   for (; step > 0; step /= 32) {

@@ -312,9 +312,9 @@ def test_packed_documents(heads, mask, schedule):
 
 @pytest.mark.parametrize("segments", [31, 32, 33, pytest.param(1030, marks=pytest.mark.slow)])
 def test_many_segments(segments):
-    """Segments of 0, 1 and 2 positions, found by a search of one, two and three steps."""
-    lengths = [i % 3 for i in range(segments)]
-    boundaries = cu(*lengths)
+    """Segments of 0, 1 and 2 positions and ten empty ones, found by a search of one, two and three steps."""
+    lengths = [i % 3 for i in range(segments - 10)]
+    boundaries = cu(*lengths, *([0] * 10))
     q = draw(sum(lengths) + 1, 2, 64, seed=1, dtype=FP16)
     k, v = (draw(sum(lengths) + 1, 1, 64, seed=s, dtype=FP16) for s in (2, 3))
     with emulated():
