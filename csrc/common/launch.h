@@ -17,6 +17,7 @@ void cuda_launch(const std::string& name, int grid_x, int grid_y, int block, int
                  const std::vector<std::string>& arguments, std::uintptr_t stream);
 
 // Those of each op.
+std::vector<CudaKernel> attention_kernels();
 std::vector<CudaKernel> cross_entropy_kernels();
 std::vector<CudaKernel> optimizer_kernels();
 
