@@ -144,13 +144,12 @@ def dkdv_kernel(
     for phase in tl.static_range(0 if HAS_RIGHT else 1, 3):
         lower = begin if phase == 0 else full_begin if phase == 1 else full_end
         upper = tl.minimum(full_begin, end) if phase == 0 else full_end if phase == 1 else end
-        MASKED: tl.constexpr = phase != 1
         for m in range(lower, upper, BLOCK_M):
             row = m + tl.arange(0, BLOCK_M)
             i, g = row // GROUP, row % GROUP
             has_row = i < length_q
             i_far, g_far = i.to(tl.int64), g.to(tl.int64)
-            x_q = load_tile(q, i_far * q_strides[1] + g_far * q_strides[2], has_row, D, BLOCK_D, MASKED)
+            x_q = load_tile(q, i_far * q_strides[1] + g_far * q_strides[2], has_row, D, BLOCK_D, phase != 1)
             x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
             slopes = 0.0
             if HAS_ALIBI:
@@ -159,12 +158,12 @@ def dkdv_kernel(
             x_lse = tl.load(lse + g_far * Tq + i, mask=has_row, other=float("inf"))
             x_lse = tl.where(x_lse == float("-inf"), float("inf"), x_lse) * LOG2_E
             p = tl.exp2(x * unit - x_lse[None, :])
-            if MASKED:
+            if phase != 1:
                 visible = is_visible(
                     i[None, :], j[:, None], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
                 p = tl.where(visible, p, 0.0)
-            x_do = load_tile(do, i_far * do_strides[1] + g_far * do_strides[2], has_row, D, BLOCK_D, MASKED)
+            x_do = load_tile(do, i_far * do_strides[1] + g_far * do_strides[2], has_row, D, BLOCK_D, phase != 1)
             p_kept = p
             if HAS_DROPOUT:
                 h = (hk * GROUP + g).to(tl.int32)
@@ -276,22 +275,21 @@ def dq_kernel(
     for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
         lower = begin if phase == 0 else full_begin if phase == 1 else full_end
         upper = tl.minimum(full_begin, end) if phase == 0 else full_end if phase == 1 else end
-        MASKED: tl.constexpr = phase != 1
         for n in range(lower, upper, BLOCK_N):
             j = n + column
             x_k = load_tile(
-                k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, MASKED
+                k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, phase != 1
             )
             x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
             x, t = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI)
             p = tl.exp2(x * unit - x_lse[:, None])
-            if MASKED:
+            if phase != 1:
                 visible = is_visible(
                     i[:, None], j[None, :], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
                 p = tl.where(visible, p, 0.0)
             x_v = load_tile(
-                v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1], j < length_k, D, BLOCK_D, MASKED
+                v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1], j < length_k, D, BLOCK_D, phase != 1
             )
             dp = tl.dot(x_do, tl.trans(x_v), input_precision=PRECISION)
             if HAS_DROPOUT:

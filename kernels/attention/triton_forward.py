@@ -102,15 +102,14 @@ def forward_kernel(
     for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
         lower = begin if phase == 0 else full_begin if phase == 1 else full_end
         upper = tl.minimum(full_begin, end) if phase == 0 else full_end if phase == 1 else end
-        MASKED: tl.constexpr = phase != 1
         for n in range(lower, upper, BLOCK_N):
             j = n + column
             x_k = load_tile(
-                k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, MASKED
+                k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, phase != 1
             )
             x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
             x, _ = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI)
-            if MASKED:
+            if phase != 1:
                 visible = is_visible(
                     i[:, None], j[None, :], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
@@ -123,7 +122,7 @@ def forward_kernel(
             if HAS_DROPOUT:
                 p = tl.where(is_kept(word, batch, h, i, n, threshold, BLOCK_N), p, 0.0)
             x_v = load_tile(
-                v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1], j < length_k, D, BLOCK_D, MASKED
+                v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1], j < length_k, D, BLOCK_D, phase != 1
             )
             sums = tl.dot(p.to(x_v.dtype), x_v, sums * shrink[:, None], input_precision=PRECISION)
             highest = peak

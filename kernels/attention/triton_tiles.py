@@ -18,9 +18,10 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 
 # Arguments whose values make no other machine code.
-SIZES = (
-    "alibi_stride Tq Tk Hk segments tiles heads section window_left window_right scale softcap threshold kept_scale"
-).split()
+SIZES = [
+    "alibi_stride", "Tq", "Tk", "Hk", "segments", "tiles", "heads", "section", "window_left", "window_right", "scale",
+    "softcap", "threshold", "kept_scale",
+]  # fmt: skip
 
 # --- which tile ---
 
