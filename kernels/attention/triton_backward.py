@@ -57,8 +57,11 @@ def delta_kernel(
         x_delta -= tl.load(dlse + place, mask=sees_any, other=0.0)
     tl.store(delta + place, x_delta, mask=inside)
     if HAS_DSINKS:
-        p = tl.exp2((tl.load(sinks + h) - tl.where(sees_any, x_lse, float("inf"))) * LOG2_E)
-        tl.store(dsinks + tl.program_id(0) * Hq + h, -tl.sum(p * x_delta, 0))
+        # Past a select no product is fused into the first addition of the sum: lanes that hold the same rows would round
+        # it differently, and which of them is stored is not defined.
+        p = tl.exp2((tl.load(sinks + h) - x_lse) * LOG2_E)
+        terms = tl.where(sees_any, p * x_delta, 0.0)
+        tl.store(dsinks + tl.program_id(0) * Hq + h, -tl.sum(terms, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
