@@ -109,7 +109,9 @@ class Problem:
             "PACKED": self.cu_seqlens_q is not None, "IS_NEGATIVE": scale < 0,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": options.softcap > 0,
             "HAS_ALIBI": alibi is not None, "HAS_DROPOUT": options.dropout_p > 0,
+            "NATURAL": self.q.dtype == torch.float32,
             "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "ieee",
+            "enable_fp_fusion": self.q.dtype != torch.float32,
         }  # fmt: skip
 
     def launch(self, kernel: Any, name: str, by_keys: bool = False, **arguments: Any) -> None:
@@ -131,7 +133,7 @@ class Problem:
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    kernel[grid](**arguments, enable_fp_fusion=True)
+    kernel[grid](**arguments)
 
 
 def forward(
@@ -179,7 +181,9 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) if n else none for x, n in zip((q, k, v), needs, strict=False))
     problem = _problem(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options)
     do = _rows(do)
-    delta, dsinks = _delta(problem, do, dlse, o, lse, sinks if needs_dsinks else None)
+    delta, dsinks = none, none
+    if needs_dq or needs_dk or needs_dalibi or needs_dsinks:
+        delta, dsinks = _delta(problem, do, dlse, o, lse, sinks if needs_dsinks else None)
     shared = {"do": do, "do_strides": strides(do), "lse": lse, "delta": delta}
     if needs_dk or needs_dv:
         problem.launch(dkdv_kernel, "dkdv", True, **shared, dk=dk, dv=dv, HAS_DK=needs_dk, HAS_DV=needs_dv)
@@ -211,7 +215,7 @@ def _delta(
                 "HAS_DSINKS": sinks is not None, "BLOCK": DELTA_ROWS, "BLOCK_D": config.block_d(D),
             },
         )  # fmt: skip
-    return delta, dsinks if sinks is None else dsinks.sum(0)
+    return delta, o.new_empty(0) if sinks is None else dsinks.sum(0)
 
 
 def _sum_rows(rows: Tensor, cu_seqlens: Tensor | None, alibi_slopes: Tensor) -> Tensor:

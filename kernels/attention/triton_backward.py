@@ -12,9 +12,11 @@ import triton.language as tl
 from hotloop.kernels.attention.triton_tiles import (
     LOG2_E,
     SIZES,
+    in_base,
     is_kept,
     is_visible,
     load_tile,
+    power,
     program_tile,
     score_unit,
     scores,
@@ -107,6 +109,7 @@ def dkdv_kernel(
     HAS_DROPOUT: tl.constexpr,
     HAS_DK: tl.constexpr,
     HAS_DV: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -136,7 +139,7 @@ def dkdv_kernel(
     if HAS_DROPOUT:
         word = tl.load(seed)
 
-    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI)
+    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
     x_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     x_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     last = tl.minimum(first + BLOCK_N, length_k) - 1
@@ -156,11 +159,11 @@ def dkdv_kernel(
             x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
             slopes = 0.0
             if HAS_ALIBI:
-                slopes = tl.load(alibi_slopes + batch * alibi_stride + hk * GROUP + g)[None, :] * LOG2_E
-            x, t = scores(x, i[None, :], j[:, None], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI)
+                slopes = in_base(tl.load(alibi_slopes + batch * alibi_stride + hk * GROUP + g)[None, :], NATURAL)
+            x, t = scores(x, i[None, :], j[:, None], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
             x_lse = tl.load(lse + g_far * Tq + i, mask=has_row, other=float("inf"))
-            x_lse = tl.where(x_lse == float("-inf"), float("inf"), x_lse) * LOG2_E
-            p = tl.exp2(x * unit - x_lse[None, :])
+            x_lse = in_base(tl.where(x_lse == float("-inf"), float("inf"), x_lse), NATURAL)
+            p = power(x * unit - x_lse[None, :], NATURAL)
             if phase != 1:
                 visible = is_visible(
                     i[None, :], j[:, None], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -233,6 +236,7 @@ def dq_kernel(
     HAS_DROPOUT: tl.constexpr,
     HAS_DQ: tl.constexpr,
     HAS_DALIBI: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -254,7 +258,7 @@ def dq_kernel(
     number = (at * Hq + h) * Tq + place
     x_lse = tl.load(lse + number, mask=inside, other=float("-inf"))
     sees_any = x_lse != float("-inf")
-    x_lse = tl.where(sees_any, x_lse, float("inf")) * LOG2_E
+    x_lse = in_base(tl.where(sees_any, x_lse, float("inf")), NATURAL)
     x_delta = tl.load(delta + number, mask=inside, other=0.0)
     x_q = load_tile(q + at * q_strides[0], place * q_strides[1] + h * q_strides[2], inside, D, BLOCK_D, True)
     x_do = load_tile(do + at * do_strides[0], place * do_strides[1] + h * do_strides[2], sees_any, D, BLOCK_D, True)
@@ -264,11 +268,11 @@ def dq_kernel(
     v += at * v_strides[0] + start_k.to(tl.int64) * v_strides[1] + hk * v_strides[2]
     slopes, word = 0.0, 0
     if HAS_ALIBI:
-        slopes = tl.load(alibi_slopes + batch * alibi_stride + h, mask=sees_any, other=0.0)[:, None] * LOG2_E
+        slopes = in_base(tl.load(alibi_slopes + batch * alibi_stride + h, mask=sees_any, other=0.0)[:, None], NATURAL)
     if HAS_DROPOUT:
         word = tl.load(seed)
 
-    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI)
+    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
     x_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     x_dalibi = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(first + BLOCK_M - 1, length_q * GROUP - 1) // GROUP
@@ -284,8 +288,8 @@ def dq_kernel(
                 k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, phase != 1
             )
             x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
-            x, t = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI)
-            p = tl.exp2(x * unit - x_lse[:, None])
+            x, t = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+            p = power(x * unit - x_lse[:, None], NATURAL)
             if phase != 1:
                 visible = is_visible(
                     i[:, None], j[None, :], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT

@@ -10,11 +10,12 @@ import triton.language as tl
 
 from hotloop.kernels.attention.triton_tiles import (
     LN_2,
-    LOG2_E,
     SIZES,
+    in_base,
     is_kept,
     is_visible,
     load_tile,
+    power,
     program_tile,
     score_unit,
     scores,
@@ -63,6 +64,7 @@ def forward_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -87,11 +89,11 @@ def forward_kernel(
     slopes, word = 0.0, 0
     if HAS_ALIBI:
         has_keys = i < tl.where(length_k > 0, length_q, 0)  # past the last boundary there is no batch either
-        slopes = tl.load(alibi_slopes + batch * alibi_stride + h, mask=has_keys, other=0.0)[:, None] * LOG2_E
+        slopes = in_base(tl.load(alibi_slopes + batch * alibi_stride + h, mask=has_keys, other=0.0)[:, None], NATURAL)
     if HAS_DROPOUT:
         word = tl.load(seed)
 
-    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI)
+    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -108,7 +110,7 @@ def forward_kernel(
                 k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, phase != 1
             )
             x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
-            x, _ = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI)
+            x, _ = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
             if phase != 1:
                 visible = is_visible(
                     i[:, None], j[None, :], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -116,8 +118,8 @@ def forward_kernel(
                 x = tl.where(visible, x, float("-inf"))
             peak = tl.maximum(highest, tl.max(x, 1) * unit)
             base = tl.where(peak == float("-inf"), 0.0, peak)  # no difference of infinities while nothing is seen
-            p = tl.exp2(x * unit - base[:, None])
-            shrink = tl.exp2(highest - base)
+            p = power(x * unit - base[:, None], NATURAL)
+            shrink = power(highest - base, NATURAL)
             total = total * shrink + tl.sum(p, 1)
             if HAS_DROPOUT:
                 p = tl.where(is_kept(word, batch, h, i, n, threshold, BLOCK_N), p, 0.0)
@@ -129,15 +131,15 @@ def forward_kernel(
 
     sees_none = total == 0.0
     if HAS_SINKS:
-        sink = tl.load(sinks + h) * LOG2_E
+        sink = in_base(tl.load(sinks + h), NATURAL)
         peak = tl.maximum(highest, sink)
-        shrink = tl.where(sees_none, 1.0, tl.exp2(highest - peak))
-        total = tl.where(sees_none, 0.0, total * shrink + tl.exp2(sink - peak))
+        shrink = tl.where(sees_none, 1.0, power(highest - peak, NATURAL))
+        total = tl.where(sees_none, 0.0, total * shrink + power(sink - peak, NATURAL))
         sums *= shrink[:, None]
         highest = peak
     inverse = kept_scale / tl.where(sees_none, 1.0, total)
     Hq = Hk * GROUP
     position = at.to(tl.int64) * Tq + place
     store_tile(o, (position * Hq + h) * D, sums * inverse[:, None], inside, D, BLOCK_D)
-    x_lse = tl.where(sees_none, float("-inf"), (highest + tl.log2(total)) * LN_2)
+    x_lse = tl.where(sees_none, float("-inf"), tl.log2(total) * LN_2 + (highest if NATURAL else highest * LN_2))
     tl.store(lse + (at.to(tl.int64) * Hq + h) * Tq + place, x_lse, mask=inside)

@@ -161,6 +161,20 @@ def store_tile(base, offsets, x, inside, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 # --- scores ---
+#
+# In base 2, with log2(e) in their factor, where tensors are 16-bit. NATURAL, for fp32: a large score is then subtracted
+# from a large lse with the rounding error of one product, where a change of base adds two.
+
+
+@triton.jit
+def in_base(x, NATURAL: tl.constexpr):
+    """A natural score in the base of scores."""
+    return x if NATURAL else x * LOG2_E
+
+
+@triton.jit
+def power(x, NATURAL: tl.constexpr):
+    return tl.exp2(x * LOG2_E if NATURAL else x)
 
 
 @triton.jit
@@ -169,31 +183,32 @@ def scores(
     i,  # positions of q, and of k: of any shapes that broadcast to that of x
     j,
     shift,  # length_k - length_q
-    slopes,  # like i, times log2(e)
+    slopes,  # like i, in the base of scores
     scale,  # positive
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
-    """(scores, tanh of the softcap). Times `score_unit` these are scores in base 2."""
+    """(scores, but for the factor `score_unit`; tanh of the softcap)."""
     t = x
     if HAS_SOFTCAP:
         t = tanh(x * (scale / softcap))
-        x = t * (softcap * LOG2_E)
+        x = t * in_base(softcap, NATURAL)
     if HAS_ALIBI:
         if not HAS_SOFTCAP:
-            x = x * (scale * LOG2_E)
+            x = x * in_base(scale, NATURAL)
         x -= slopes * tl.abs(i + shift - j).to(tl.float32)
     return x, t
 
 
 @triton.jit
-def score_unit(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):
-    """A plain score takes its factor in the fused multiply-add under the exponential."""
+def score_unit(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, NATURAL: tl.constexpr):
+    """A plain score takes its factor in the multiply-add under the exponential."""
     if HAS_SOFTCAP or HAS_ALIBI:
         return 1.0
     else:
-        return scale * LOG2_E
+        return in_base(scale, NATURAL)
 
 
 # --- dropout ---
