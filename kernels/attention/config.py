@@ -13,6 +13,10 @@ class Tile:
     """Keys."""
     num_warps: int
     num_stages: int
+    BLOCK_D: int
+    """Columns of the result that a program has."""
+    DEPTH: int
+    """Columns of other tensors that it has at a time: all, as of the result, or a part."""
 
 
 def block_d(D: int) -> int:
@@ -21,7 +25,7 @@ def block_d(D: int) -> int:
 
 
 def tile(kernel: str, arch: int, itemsize: int, D: int) -> Tile:
-    return Tile(32, 32, 4, 2)
+    return Tile(32, 32, 4, 2, block_d(D), block_d(D))
 
 
 def section(arch: int, heads: int, Tk: int, D: int, itemsize: int) -> int:

@@ -72,12 +72,16 @@ class Problem:
     options: Options
 
     @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
     def segments(self) -> int:
         return 0 if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
     def batch(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens_q is None else 1
+        return 1 if self.is_packed else self.q.shape[0]
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -103,10 +107,10 @@ class Problem:
             "Tq": Tq, "Tk": Tk, "Hk": self.k.shape[-2], "segments": self.segments,
             "window_left": left, "window_right": right,
             # Not 0, which times the -inf of what is masked were NaN.
-            "scale": max(abs(scale), torch.finfo(torch.float32).tiny), "softcap": options.softcap,
+            "magnitude": max(abs(scale), torch.finfo(torch.float32).tiny), "softcap": options.softcap,
             "threshold": int(options.dropout_p * 2**32), "kept_scale": 1 / (1 - options.dropout_p),
-            "GROUP": self.group, "D": self.q.shape[-1], "BLOCK_D": config.block_d(self.q.shape[-1]),
-            "PACKED": self.cu_seqlens_q is not None, "IS_NEGATIVE": scale < 0,
+            "GROUP": self.group, "D": self.q.shape[-1],
+            "PACKED": self.is_packed, "IS_NEGATIVE": scale < 0,
             "HAS_LEFT": left >= 0, "HAS_RIGHT": right >= 0, "HAS_SOFTCAP": options.softcap > 0,
             "HAS_ALIBI": alibi is not None, "HAS_DROPOUT": options.dropout_p > 0,
             "NATURAL": self.q.dtype == torch.float32,
@@ -121,13 +125,13 @@ class Problem:
         tile = config.tile(name, arch, itemsize, D)
         rows, block = (Tk, tile.BLOCK_N) if by_keys else (Tq * self.group, tile.BLOCK_M)
         # Packed: see `tile_rows`. What lies past the last boundary is one more segment.
-        tiles = -(-rows // block) if self.segments == 0 else rows // block + self.segments + 1
-        heads = self.batch * Hk
+        tiles = rows // block + self.segments + 1 if self.is_packed else -(-rows // block)
+        heads, parts = self.batch * Hk, -(-D // tile.BLOCK_D)
         if rows == 0 or heads == 0:
             return
         section = config.section(arch, heads, min(Tk, self.options.max_seqlen_k), D, itemsize)
         run(
-            kernel, (tiles * heads,),
+            kernel, (tiles * heads * parts,),
             {**self.arguments(), **arguments, "tiles": tiles, "heads": heads, "section": section, **asdict(tile)},
         )  # fmt: skip
 
@@ -184,7 +188,7 @@ def backward(
     delta, dsinks = none, none
     if needs_dq or needs_dk or needs_dalibi or needs_dsinks:
         delta, dsinks = _delta(problem, do, dlse, o, lse, sinks if needs_dsinks else None)
-    shared = {"do": do, "do_strides": strides(do), "lse": lse, "delta": delta}
+    shared = {"do": do, "do_strides": strides(do), "lse": lse, "delta": delta, "scale": options.scale}
     if needs_dk or needs_dv:
         problem.launch(dkdv_kernel, "dkdv", True, **shared, dk=dk, dv=dv, HAS_DK=needs_dk, HAS_DV=needs_dv)
     dalibi = none

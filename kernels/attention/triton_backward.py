@@ -18,6 +18,7 @@ from hotloop.kernels.attention.triton_tiles import (
     load_tile,
     power,
     program_tile,
+    row_products,
     score_unit,
     scores,
     seen_range,
@@ -52,15 +53,15 @@ def delta_kernel(
     place = (b * Hq + h) * T + i
     x_lse = tl.load(lse + place, mask=inside, other=float("-inf"))
     sees_any = x_lse != float("-inf")
-    x_o = load_tile(o + h * D, (b * T + i) * Hq * D, sees_any, D, BLOCK_D, True)
-    x_do = load_tile(do + b * do_strides[0] + h * do_strides[2], i * do_strides[1], sees_any, D, BLOCK_D, True)
+    x_o = load_tile(o + h * D, (b * T + i) * Hq * D, sees_any, 0, D, BLOCK_D, True)
+    x_do = load_tile(do + b * do_strides[0] + h * do_strides[2], i * do_strides[1], sees_any, 0, D, BLOCK_D, True)
     x_delta = tl.sum(x_o.to(tl.float32) * x_do.to(tl.float32), 1)
     if HAS_DLSE:
         x_delta -= tl.load(dlse + place, mask=sees_any, other=0.0)
     tl.store(delta + place, x_delta, mask=inside)
     if HAS_DSINKS:
-        # Past a select no product is fused into the first addition of the sum: lanes that hold the same rows would round
-        # it differently, and which of them is stored is not defined.
+        # Behind a select no product is fused into the first addition of the sum: lanes that hold the same rows would
+        # round it differently, and which of them is stored is not defined.
         p = tl.exp2((tl.load(sinks + h) - x_lse) * LOG2_E)
         terms = tl.where(sees_any, p * x_delta, 0.0)
         tl.store(dsinks + tl.program_id(0) * Hq + h, -tl.sum(terms, 0))
@@ -94,7 +95,8 @@ def dkdv_kernel(
     section,
     window_left,
     window_right,
-    scale,  # positive; that of the scores is negative where IS_NEGATIVE
+    scale,
+    magnitude,  # of scale, and positive
     softcap,
     threshold,
     kept_scale,
@@ -113,10 +115,11 @@ def dkdv_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of dk and dv that a program has
+    DEPTH: tl.constexpr,  # columns of all others at a time; at least D: all, and BLOCK_D too
 ):
     """Scores are transposed, (BLOCK_N, BLOCK_M), so that p and ds are left operands as they come."""
-    tile, head = program_tile(tiles, heads, section, False)
+    tile, head, part = program_tile(tiles, heads, section, (D + BLOCK_D - 1) // BLOCK_D, False)
     batch, at, hk, first, start_k, length_k, start_q, length_q = tile_rows(
         tile, head, cu_seqlens_k, cu_seqlens_q, segments, Tk, Tq, Hk, 1, BLOCK_N, PACKED
     )
@@ -127,10 +130,12 @@ def dkdv_kernel(
     j = first + tl.arange(0, BLOCK_N)
     inside, shift = j < length_k, length_k - length_q
     place = (start_k + j).to(tl.int64)
-    x_k = load_tile(k + at * k_strides[0] + hk * k_strides[2], place * k_strides[1], inside, D, BLOCK_D, True)
-    x_v = load_tile(v + at * v_strides[0] + hk * v_strides[2], place * v_strides[1], inside, D, BLOCK_D, True)
-    if IS_NEGATIVE:
-        x_k = -x_k
+    k += at * k_strides[0] + hk * k_strides[2]
+    v += at * v_strides[0] + hk * v_strides[2]
+    k_rows, v_rows = place * k_strides[1], place * v_strides[1]
+    if DEPTH >= D:
+        x_k = load_tile(k, k_rows, inside, 0, D, DEPTH, True)
+        x_v = load_tile(v, v_rows, inside, 0, D, DEPTH, True)
     q += at * q_strides[0] + start_q.to(tl.int64) * q_strides[1] + hk * GROUP * q_strides[2]
     do += at * do_strides[0] + start_q.to(tl.int64) * do_strides[1] + hk * GROUP * do_strides[2]
     lse += (at * Hq + hk * GROUP) * Tq + start_q
@@ -139,7 +144,7 @@ def dkdv_kernel(
     if HAS_DROPOUT:
         word = tl.load(seed)
 
-    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+    unit = score_unit(magnitude, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
     x_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     x_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     last = tl.minimum(first + BLOCK_N, length_k) - 1
@@ -155,12 +160,20 @@ def dkdv_kernel(
             i, g = row // GROUP, row % GROUP
             has_row = i < length_q
             i_far, g_far = i.to(tl.int64), g.to(tl.int64)
-            x_q = load_tile(q, i_far * q_strides[1] + g_far * q_strides[2], has_row, D, BLOCK_D, phase != 1)
-            x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
+            q_rows = i_far * q_strides[1] + g_far * q_strides[2]
+            do_rows = i_far * do_strides[1] + g_far * do_strides[2]
+            x_q = load_tile(q, q_rows, has_row, part * BLOCK_D, D, BLOCK_D, phase != 1)
+            if DEPTH >= D:
+                x = tl.dot(x_k, tl.trans(x_q), input_precision=PRECISION)
+            else:
+                x = row_products(k, k_rows, inside, q, q_rows, has_row, D, DEPTH, PRECISION)
             slopes = 0.0
             if HAS_ALIBI:
                 slopes = in_base(tl.load(alibi_slopes + batch * alibi_stride + hk * GROUP + g)[None, :], NATURAL)
-            x, t = scores(x, i[None, :], j[:, None], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+            x, t = scores(
+                x, i[None, :], j[:, None], shift, slopes, magnitude, softcap,
+                IS_NEGATIVE, HAS_SOFTCAP, HAS_ALIBI, NATURAL,
+            )  # fmt: skip
             x_lse = tl.load(lse + g_far * Tq + i, mask=has_row, other=float("inf"))
             x_lse = in_base(tl.where(x_lse == float("-inf"), float("inf"), x_lse), NATURAL)
             p = power(x * unit - x_lse[None, :], NATURAL)
@@ -169,7 +182,7 @@ def dkdv_kernel(
                     i[None, :], j[:, None], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
                 p = tl.where(visible, p, 0.0)
-            x_do = load_tile(do, i_far * do_strides[1] + g_far * do_strides[2], has_row, D, BLOCK_D, phase != 1)
+            x_do = load_tile(do, do_rows, has_row, part * BLOCK_D, D, BLOCK_D, phase != 1)
             p_kept = p
             if HAS_DROPOUT:
                 h = (hk * GROUP + g).to(tl.int32)
@@ -178,7 +191,10 @@ def dkdv_kernel(
             if HAS_DV:
                 x_dv = tl.dot(p_kept.to(x_do.dtype), x_do, x_dv, input_precision=PRECISION)
             if HAS_DK:
-                dp = tl.dot(x_v, tl.trans(x_do), input_precision=PRECISION)
+                if DEPTH >= D:
+                    dp = tl.dot(x_v, tl.trans(x_do), input_precision=PRECISION)
+                else:
+                    dp = row_products(v, v_rows, inside, do, do_rows, has_row, D, DEPTH, PRECISION)
                 if HAS_DROPOUT:
                     dp = tl.where(keep, dp * kept_scale, 0.0)
                 ds = p * (dp - tl.load(delta + g_far * Tq + i, mask=has_row, other=0.0)[None, :])
@@ -188,9 +204,9 @@ def dkdv_kernel(
 
     rows = ((at * Tk + place) * Hk + hk) * D
     if HAS_DV:
-        store_tile(dv, rows, x_dv, inside, D, BLOCK_D)
+        store_tile(dv, rows, inside, x_dv, part * BLOCK_D, D, BLOCK_D)
     if HAS_DK:
-        store_tile(dk, rows, x_dk * (-scale if IS_NEGATIVE else scale), inside, D, BLOCK_D)
+        store_tile(dk, rows, inside, x_dk * scale, part * BLOCK_D, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -221,7 +237,8 @@ def dq_kernel(
     section,
     window_left,
     window_right,
-    scale,  # positive; that of the scores is negative where IS_NEGATIVE
+    scale,
+    magnitude,  # of scale, and positive
     softcap,
     threshold,
     kept_scale,
@@ -240,9 +257,10 @@ def dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of dq that a program has
+    DEPTH: tl.constexpr,  # columns of all others at a time; at least D: all, and BLOCK_D too
 ):
-    tile, head = program_tile(tiles, heads, section, HAS_RIGHT)
+    tile, head, part = program_tile(tiles, heads, section, (D + BLOCK_D - 1) // BLOCK_D, HAS_RIGHT)
     batch, at, hk, first, start_q, length_q, start_k, length_k = tile_rows(
         tile, head, cu_seqlens_q, cu_seqlens_k, segments, Tq, Tk, Hk, GROUP, BLOCK_M, PACKED
     )
@@ -260,10 +278,12 @@ def dq_kernel(
     sees_any = x_lse != float("-inf")
     x_lse = in_base(tl.where(sees_any, x_lse, float("inf")), NATURAL)
     x_delta = tl.load(delta + number, mask=inside, other=0.0)
-    x_q = load_tile(q + at * q_strides[0], place * q_strides[1] + h * q_strides[2], inside, D, BLOCK_D, True)
-    x_do = load_tile(do + at * do_strides[0], place * do_strides[1] + h * do_strides[2], sees_any, D, BLOCK_D, True)
-    if IS_NEGATIVE:
-        x_q = -x_q
+    q += at * q_strides[0]
+    do += at * do_strides[0]
+    q_rows, do_rows = place * q_strides[1] + h * q_strides[2], place * do_strides[1] + h * do_strides[2]
+    if DEPTH >= D:
+        x_q = load_tile(q, q_rows, inside, 0, D, DEPTH, True)
+        x_do = load_tile(do, do_rows, sees_any, 0, D, DEPTH, True)
     k += at * k_strides[0] + start_k.to(tl.int64) * k_strides[1] + hk * k_strides[2]
     v += at * v_strides[0] + start_k.to(tl.int64) * v_strides[1] + hk * v_strides[2]
     slopes, word = 0.0, 0
@@ -272,7 +292,7 @@ def dq_kernel(
     if HAS_DROPOUT:
         word = tl.load(seed)
 
-    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+    unit = score_unit(magnitude, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
     x_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     x_dalibi = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(first + BLOCK_M - 1, length_q * GROUP - 1) // GROUP
@@ -284,21 +304,29 @@ def dq_kernel(
         upper = tl.minimum(full_begin, end) if phase == 0 else full_end if phase == 1 else end
         for n in range(lower, upper, BLOCK_N):
             j = n + column
-            x_k = load_tile(
-                k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, phase != 1
-            )
-            x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
-            x, t = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+            has_key = j < length_k
+            k_tile, k_rows = k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1]
+            v_tile, v_rows = v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1]
+            x_k = load_tile(k_tile, k_rows, has_key, part * BLOCK_D, D, BLOCK_D, phase != 1)
+            if DEPTH >= D:
+                x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
+            else:
+                x = row_products(q, q_rows, inside, k_tile, k_rows, has_key, D, DEPTH, PRECISION)
+            x, t = scores(
+                x, i[:, None], j[None, :], shift, slopes, magnitude, softcap,
+                IS_NEGATIVE, HAS_SOFTCAP, HAS_ALIBI, NATURAL,
+            )  # fmt: skip
             p = power(x * unit - x_lse[:, None], NATURAL)
             if phase != 1:
                 visible = is_visible(
                     i[:, None], j[None, :], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
                 )
                 p = tl.where(visible, p, 0.0)
-            x_v = load_tile(
-                v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1], j < length_k, D, BLOCK_D, phase != 1
-            )
-            dp = tl.dot(x_do, tl.trans(x_v), input_precision=PRECISION)
+            if DEPTH >= D:
+                x_v = load_tile(v_tile, v_rows, has_key, 0, D, DEPTH, phase != 1)
+                dp = tl.dot(x_do, tl.trans(x_v), input_precision=PRECISION)
+            else:
+                dp = row_products(do, do_rows, sees_any, v_tile, v_rows, has_key, D, DEPTH, PRECISION)
             if HAS_DROPOUT:
                 keep = is_kept(word, batch, h.to(tl.int32), i, n, threshold, BLOCK_N)
                 dp = tl.where(keep, dp * kept_scale, 0.0)
@@ -312,9 +340,9 @@ def dq_kernel(
 
     if HAS_DQ:
         rows = ((at * Tq + place) * Hq + h) * D
-        store_tile(dq, rows, x_dq * (-scale if IS_NEGATIVE else scale), inside, D, BLOCK_D)
+        store_tile(dq, rows, inside, x_dq * scale, part * BLOCK_D, D, BLOCK_D)
     if HAS_DALIBI:
-        tl.store(dalibi + number, x_dalibi, mask=inside)
+        tl.store(dalibi + number, x_dalibi, mask=i < tl.where(part == 0, length_q, 0))
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -17,6 +17,7 @@ from hotloop.kernels.attention.triton_tiles import (
     load_tile,
     power,
     program_tile,
+    row_products,
     score_unit,
     scores,
     seen_range,
@@ -50,7 +51,7 @@ def forward_kernel(
     section,
     window_left,
     window_right,
-    scale,  # positive; that of the scores is negative where IS_NEGATIVE
+    magnitude,  # of the scale, and positive
     softcap,
     threshold,  # of dropped words
     kept_scale,  # 1 / (1 - dropout_p)
@@ -68,9 +69,10 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of o that a program has
+    DEPTH: tl.constexpr,  # columns of q and k at a time; at least D: all, and BLOCK_D too
 ):
-    tile, head = program_tile(tiles, heads, section, HAS_RIGHT)
+    tile, head, part = program_tile(tiles, heads, section, (D + BLOCK_D - 1) // BLOCK_D, HAS_RIGHT)
     batch, at, hk, first, start_q, length_q, start_k, length_k = tile_rows(
         tile, head, cu_seqlens_q, cu_seqlens_k, segments, Tq, Tk, Hk, GROUP, BLOCK_M, PACKED
     )
@@ -79,13 +81,13 @@ def forward_kernel(
     row, column = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     i, h = row // GROUP, hk * GROUP + row % GROUP
     inside, shift = i < length_q, length_k - length_q
-    place = (start_q + i).to(tl.int64)
+    at, place = at.to(tl.int64), (start_q + i).to(tl.int64)
+    q += at * q_strides[0]
     q_rows = place * q_strides[1] + h.to(tl.int64) * q_strides[2]
-    x_q = load_tile(q + at.to(tl.int64) * q_strides[0], q_rows, inside, D, BLOCK_D, True)
-    if IS_NEGATIVE:
-        x_q = -x_q
-    k += at.to(tl.int64) * k_strides[0] + start_k.to(tl.int64) * k_strides[1] + hk.to(tl.int64) * k_strides[2]
-    v += at.to(tl.int64) * v_strides[0] + start_k.to(tl.int64) * v_strides[1] + hk.to(tl.int64) * v_strides[2]
+    k += at * k_strides[0] + start_k.to(tl.int64) * k_strides[1] + hk.to(tl.int64) * k_strides[2]
+    v += at * v_strides[0] + start_k.to(tl.int64) * v_strides[1] + hk.to(tl.int64) * v_strides[2]
+    if DEPTH >= D:
+        x_q = load_tile(q, q_rows, inside, 0, D, DEPTH, True)
     slopes, word = 0.0, 0
     if HAS_ALIBI:
         has_keys = i < tl.where(length_k > 0, length_q, 0)  # past the last boundary there is no batch either
@@ -93,7 +95,7 @@ def forward_kernel(
     if HAS_DROPOUT:
         word = tl.load(seed)
 
-    unit = score_unit(scale, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+    unit = score_unit(magnitude, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -106,11 +108,17 @@ def forward_kernel(
         upper = tl.minimum(full_begin, end) if phase == 0 else full_end if phase == 1 else end
         for n in range(lower, upper, BLOCK_N):
             j = n + column
-            x_k = load_tile(
-                k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1], j < length_k, D, BLOCK_D, phase != 1
-            )
-            x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
-            x, _ = scores(x, i[:, None], j[None, :], shift, slopes, scale, softcap, HAS_SOFTCAP, HAS_ALIBI, NATURAL)
+            has_key = j < length_k
+            k_tile, k_rows = k + tl.cast(n, tl.int64) * k_strides[1], column * k_strides[1]
+            if DEPTH >= D:
+                x_k = load_tile(k_tile, k_rows, has_key, 0, D, DEPTH, phase != 1)
+                x = tl.dot(x_q, tl.trans(x_k), input_precision=PRECISION)
+            else:
+                x = row_products(q, q_rows, inside, k_tile, k_rows, has_key, D, DEPTH, PRECISION)
+            x, _ = scores(
+                x, i[:, None], j[None, :], shift, slopes, magnitude, softcap,
+                IS_NEGATIVE, HAS_SOFTCAP, HAS_ALIBI, NATURAL,
+            )  # fmt: skip
             if phase != 1:
                 visible = is_visible(
                     i[:, None], j[None, :], length_q, length_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -123,9 +131,8 @@ def forward_kernel(
             total = total * shrink + tl.sum(p, 1)
             if HAS_DROPOUT:
                 p = tl.where(is_kept(word, batch, h, i, n, threshold, BLOCK_N), p, 0.0)
-            x_v = load_tile(
-                v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1], j < length_k, D, BLOCK_D, phase != 1
-            )
+            v_tile, v_rows = v + tl.cast(n, tl.int64) * v_strides[1], column * v_strides[1]
+            x_v = load_tile(v_tile, v_rows, has_key, part * BLOCK_D, D, BLOCK_D, phase != 1)
             sums = tl.dot(p.to(x_v.dtype), x_v, sums * shrink[:, None], input_precision=PRECISION)
             highest = peak
 
@@ -139,7 +146,7 @@ def forward_kernel(
         highest = peak
     inverse = kept_scale / tl.where(sees_none, 1.0, total)
     Hq = Hk * GROUP
-    position = at.to(tl.int64) * Tq + place
-    store_tile(o, (position * Hq + h) * D, sums * inverse[:, None], inside, D, BLOCK_D)
+    o_rows = ((at * Tq + place) * Hq + h) * D
+    store_tile(o, o_rows, inside, sums * inverse[:, None], part * BLOCK_D, D, BLOCK_D)
     x_lse = tl.where(sees_none, float("-inf"), tl.log2(total) * LN_2 + (highest if NATURAL else highest * LN_2))
-    tl.store(lse + (at.to(tl.int64) * Hq + h) * Tq + place, x_lse, mask=inside)
+    tl.store(lse + (at * Hq + h) * Tq + place, x_lse, mask=i < tl.where(part == 0, length_q, 0))

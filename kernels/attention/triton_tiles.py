@@ -20,27 +20,27 @@ LN_2 = tl.constexpr(math.log(2))
 # Arguments whose values make no other machine code.
 SIZES = [
     "alibi_stride", "Tq", "Tk", "Hk", "segments", "tiles", "heads", "section", "window_left", "window_right", "scale",
-    "softcap", "threshold", "kept_scale",
+    "magnitude", "softcap", "threshold", "kept_scale",
 ]  # fmt: skip
 
 # --- which tile ---
 
 
 @triton.jit
-def program_tile(tiles, heads, section, LAST_FIRST: tl.constexpr):
-    """(tile, head) of this program, of `tiles` for each of `heads`.
+def program_tile(tiles, heads, section, PARTS: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(tile, head, part of head_dim) of this program, of `tiles` for each of `heads`.
 
     Programs start in their order: the longest tiles of a causal mask first, so that short ones fill the end, and for
     `section` heads at a time, whose k and v stay in the cache.
     """
-    program = tl.program_id(0)
+    program, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     first = program // (section * tiles) * section
     width = tl.minimum(section, heads - first)
     rest = program - first * tiles
     tile = rest // width
     if LAST_FIRST:
         tile = tiles - 1 - tile
-    return tile, first + rest % width
+    return tile, first + rest % width, part
 
 
 @triton.jit
@@ -137,11 +137,12 @@ def is_visible(
 
 
 @triton.jit
-def load_tile(base, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """(rows, BLOCK_D): the rows at `offsets`, zeros where not `inside` (MASKED) and past D."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + offsets[:, None] + d[None, :]
-    if D == BLOCK_D:
+def load_tile(base, rows, inside, first, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """(rows, WIDTH): columns first .. first + WIDTH - 1 of the rows at these offsets, zeros past D and, where MASKED,
+    in rows that are not `inside`."""
+    d = first + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] + d[None, :]
+    if D % WIDTH == 0:
         if MASKED:
             return tl.load(pointers, mask=inside[:, None], other=0.0)
         else:
@@ -154,10 +155,32 @@ def load_tile(base, offsets, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MAS
 
 
 @triton.jit
-def store_tile(base, offsets, x, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + offsets[:, None] + d[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+def store_tile(base, rows, inside, x, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    d = first + tl.arange(0, WIDTH)
+    tl.store(
+        base + rows[:, None] + d[None, :], x.to(base.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :]
+    )  # fmt: skip
+
+
+@triton.jit
+def row_products(
+    a,
+    a_rows,
+    a_inside,
+    b,
+    b_rows,
+    b_inside,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(rows of a, rows of b): a @ b.T, DEPTH columns of each in memory at a time."""
+    sums = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    for first in range(0, D, DEPTH):
+        x = load_tile(a, a_rows, a_inside, first, D, DEPTH, True)
+        y = load_tile(b, b_rows, b_inside, first, D, DEPTH, True)
+        sums = tl.dot(x, tl.trans(y), sums, input_precision=PRECISION)
+    return sums
 
 
 # --- scores ---
@@ -184,31 +207,34 @@ def scores(
     j,
     shift,  # length_k - length_q
     slopes,  # like i, in the base of scores
-    scale,  # positive
+    magnitude,  # of the scale, and positive
     softcap,
+    IS_NEGATIVE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     NATURAL: tl.constexpr,
 ):
     """(scores, but for the factor `score_unit`; tanh of the softcap)."""
+    if IS_NEGATIVE:
+        x = -x
     t = x
     if HAS_SOFTCAP:
-        t = tanh(x * (scale / softcap))
+        t = tanh(x * (magnitude / softcap))
         x = t * in_base(softcap, NATURAL)
     if HAS_ALIBI:
         if not HAS_SOFTCAP:
-            x = x * in_base(scale, NATURAL)
+            x = x * in_base(magnitude, NATURAL)
         x -= slopes * tl.abs(i + shift - j).to(tl.float32)
     return x, t
 
 
 @triton.jit
-def score_unit(scale, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, NATURAL: tl.constexpr):
+def score_unit(magnitude, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, NATURAL: tl.constexpr):
     """A plain score takes its factor in the multiply-add under the exponential."""
     if HAS_SOFTCAP or HAS_ALIBI:
         return 1.0
     else:
-        return in_base(scale, NATURAL)
+        return in_base(magnitude, NATURAL)
 
 
 # --- dropout ---

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hotloop.kernels.attention import config, triton
+from hotloop.kernels.attention import config, platform, triton
 from hotloop.kernels.attention.cases import NAMES, Case, check, draw, run
 from hotloop.kernels.attention.config import Tile
 from hotloop.kernels.testing import LAYOUTS
@@ -31,7 +31,7 @@ CASES = (
     Case(33, 70, Hq=6, Hk=2, D=24, B=2),
     Case(70, 45, Hq=4, Hk=2, D=8, B=2, right=0, layout="strided"),
     Case(61, 61, D=8, left=9, right=3, scale=-0.3, layout="padded"),
-    Case(20, 61, Hq=3, D=8, left=0, right=0, scale=0.0, softcap=3.0, alibi=1, has_dlse=False),
+    Case(20, 61, Hq=3, D=8, left=2, right=0, scale=0.0, softcap=3.0, alibi=1, has_dlse=False),
     Case(50, 41, Hq=2, Hk=2, D=40, B=2, right=5, alibi=2, sinks=True, dropout_p=0.3),
     Case(3, 35, Hq=5, D=16, softcap=1.5, sinks=True, right=0, layout="transposed"),
     Case(90, 90, Hq=4, Hk=2, D=8, cu_q=(0, 3, 3, 50, 83, 83, 83), right=0, layout="offset"),
@@ -42,7 +42,13 @@ CASES = (
     Case(0, 5, Hq=4, Hk=2, D=8, right=0, sinks=True, alibi=2),
     Case(0, 5, D=8, cu_q=(0, 0, 0), cu_k=(0, 5, 5)),
 )  # fmt: skip
-TILES = (Tile(32, 32, 4, 2), Tile(16, 32, 4, 2), Tile(64, 16, 4, 2))
+BLOCKS = ((32, 32), (16, 32), (64, 16))
+
+
+def tile(blocks: tuple[int, int], D: int, parts: bool = False) -> Tile:
+    """parts: half of head_dim (16 columns at least) in a program's result, 16 columns at a time elsewhere."""
+    whole = config.block_d(D)
+    return Tile(*blocks, 4, 2, max(16, whole // 2), 16) if parts and whole > 16 else Tile(*blocks, 4, 2, whole, whole)
 
 
 class NoReads(TorchDispatchMode):
@@ -97,23 +103,23 @@ def drawn_cases(count: int) -> list[Case]:
 def interpret_cases() -> None:
     watched = Watched()
     for i, case in enumerate((*CASES, *drawn_cases(8))):
-        with patch.object(config, "tile", lambda *_, i=i: TILES[i % 3]):
+        with patch.object(config, "tile", lambda *_, i=i, D=case.D: tile(BLOCKS[i % 3], D, parts=i % 2 == 0)):
             check(watched, case, (torch.float32, torch.float16)[i % 4 == 3])
 
 
 def interpret_sizes() -> None:
     """The sizes that tests/kernels/test_attention.py lists, causal and not, one head."""
     for Tq, Tk in ((1, 1), (113, 203), (203, 113), (128, 217), (108, 256), (1023, 64), (64, 1023)):
-        with patch.object(config, "tile", lambda *_: Tile(64, 64, 4, 2)):
+        with patch.object(config, "tile", lambda *_: tile((64, 64), 64)):
             check(triton, Case(Tq, Tk, Hq=1, D=64, right=0), torch.float16)
             check(triton, Case(Tq, Tk, Hq=1, D=64), torch.float32)
 
 
 def interpret_extremes() -> None:
-    """Scores of 1e4 and of 1e-4, all equal, and rows of which the sink takes all or nothing."""
-    with patch.object(config, "tile", lambda *_: TILES[0]):
+    """Scores of 1e3 and of 1e-4, all equal, and rows of which the sink takes all or nothing."""
+    with patch.object(config, "tile", lambda *_: tile(BLOCKS[0], 8)):
         for size in (1e3, 1e-4, 0.0):
-            check(triton, Case(40, 50, D=8, right=0), torch.float32, size=size)
+            check(triton, Case(40, 50, D=8, right=0), torch.float32, size=size, same=lambda c, x: run(platform, c, x))
         case = Case(40, 40, D=8, right=0, sinks=True)
         for sink in (-200.0, 200.0):
             x = replace(draw(case, torch.float32), sinks=torch.full((2,), sink))
@@ -129,7 +135,7 @@ def interpret_needs() -> None:
     arguments = x.forward_arguments()
     delta, dkdv, dq = "delta_kernel", "dkdv_kernel", "dq_kernel"
     costs = ([delta, dkdv, dq], [delta, dq], [delta, dkdv], [dkdv], [delta, dq], [delta], [])
-    with patch.object(config, "tile", lambda *_: TILES[0]):
+    with patch.object(config, "tile", lambda *_: tile(BLOCKS[0], 8)):
         o, lse = triton.forward(*arguments, case.options)
         for which, kernels in zip((None, 0, 1, 2, 3, 4, 5), costs, strict=True):
             needs, watched = [which in (None, i) for i in range(5)], Watched()
@@ -147,7 +153,7 @@ def interpret_isolation() -> None:
     cu = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     case = Case(100, 100, D=8, right=0, cu_q=tuple(cu), has_dlse=False)
     clean = draw(case, torch.float32)
-    with patch.object(config, "tile", lambda *_: TILES[0]):
+    with patch.object(config, "tile", lambda *_: tile(BLOCKS[0], 8)):
         expected = run(triton, case, clean)
         for changed, value in ((0, float("nan")), (2, float("inf")), (3, 1e4)):
             inside = slice(cu[changed], cu[changed + 1])
