@@ -1,4 +1,8 @@
-"""Launch configurations of the Triton kernels: a pure function of kernel, GPU, width of an element and head_dim."""
+"""Launch configurations of the Triton kernels: a pure function of kernel, GPU, width of an element and head_dim.
+
+The tables hold the largest tiles that fit a GPU's shared memory and registers without a spill, by ahead-of-time
+compilation (tests/kernels/attention_budgets.json). They have not been timed on a GPU; `tune.py` measures there.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,87 @@ class Tile:
     """Columns of other tensors that it has at a time: all, as of the result, or a part."""
 
 
+KERNELS = ("forward", "dkdv", "dq")
+
+Row = tuple[int, ...]
+"""The fields of a tile, but for the last two where all columns are there at once."""
+
+# (bytes of an element, most columns) -> forward, dkdv, dq. fp32 holds each operand twice, as TF32 and the rest of it.
+TABLES: dict[str, dict[tuple[int, int], tuple[Row, Row, Row]]] = {
+    "sm_80": {
+        (2, 64): ((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        (2, 128): ((128, 64, 8, 3), (32, 64, 8, 2), (128, 32, 8, 2)),
+        (2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
+        (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
+        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+    },
+    "sm_86": {  # and sm_120
+        (2, 64): ((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        (2, 128): ((128, 64, 8, 3), (32, 64, 8, 2), (128, 32, 8, 2)),
+        (2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 1)),
+        (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
+        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+    },
+    "sm_90": {
+        (2, 64): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+        (2, 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 32, 8, 2)),
+        (2, 256): ((64, 64, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
+        (2, 512): ((64, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
+        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+    },
+    "sm_100": {
+        (2, 64): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+        (2, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+        (2, 256): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (2, 512): ((64, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
+        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+    },
+}
+
+# Instead, where scores take more than a factor (softcap, ALiBi, dropout): that needs registers.
+RICH_TABLES: dict[str, dict[tuple[int, int], tuple[Row, Row, Row]]] = {
+    family: {
+        (2, 64): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+        (2, 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+        (2, 256): ((64, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+        (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        (4, 64): ((32, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
+        (4, 512): ((32, 32, 8, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+    }
+    for family in TABLES
+}
+
+# Bytes of second-level cache.
+CACHE = {"sm_80": 40 << 20, "sm_86": 6 << 20, "sm_90": 50 << 20, "sm_100": 126 << 20}
+
+
+def family(arch: int) -> str:
+    """The table that serves a GPU of compute capability `arch` (80 for 8.0). sm_86, 89 and 120: 99 KiB a block."""
+    if arch in (80, 87):
+        return "sm_80"
+    if arch < 90 or arch >= 120:
+        return "sm_86"
+    return "sm_90" if arch < 100 else "sm_100"
+
+
 def block_d(D: int) -> int:
     """Columns of a tile: a power of two, and at least what a tensor core sums at a time."""
     return max(16, 1 << (D - 1).bit_length())
 
 
-def tile(kernel: str, arch: int, itemsize: int, D: int) -> Tile:
-    return Tile(32, 32, 4, 2, block_d(D), block_d(D))
+def tile(kernel: str, arch: int, itemsize: int, D: int, is_rich: bool) -> Tile:
+    """is_rich: with softcap, ALiBi or dropout."""
+    table, whole = (RICH_TABLES if is_rich else TABLES)[family(arch)], block_d(D)
+    rows = next(rows for (size, columns), rows in table.items() if size == itemsize and columns >= D)
+    BLOCK_M, BLOCK_N, num_warps, num_stages, *parts = rows[KERNELS.index(kernel)]
+    BLOCK_D, DEPTH = (min(part, whole) for part in parts) if parts else (whole, whole)
+    return Tile(BLOCK_M, BLOCK_N, num_warps, num_stages, BLOCK_D, DEPTH)
 
 
 def section(arch: int, heads: int, Tk: int, D: int, itemsize: int) -> int:
-    return max(1, min(heads, (20 << 20) // max(1, 2 * Tk * D * itemsize)))
+    """Heads that are worked on at a time: as many as have keys and values in half of the second-level cache."""
+    return max(1, min(heads, CACHE[family(arch)] // 2 // max(1, 2 * Tk * D * itemsize)))

@@ -16,7 +16,7 @@ from hotloop.kernels.dispatch import Backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_ROWS = 2**31 - 2**16
-"""Query rows of one head of k, and programs of a launch: both are counted in 32 bits."""
+"""Query rows of one head of k, which are counted in 32 bits."""
 MOST_STRIDE = 2**22
 """Elements between positions of k or v, whose offsets within a tile are 32-bit."""
 DELTA_ROWS, SUM_ROWS = 32, 1024
@@ -39,6 +39,8 @@ def supports(
         return f"serves cuda tensors, got {q.device.type}"
     if q.dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32, not {q.dtype}"
+    if q.shape[-3] * (q.shape[-2] // k.shape[-2]) > MOST_ROWS:
+        return f"counts query rows of a head of k in 32 bits: up to {MOST_ROWS}"
     return _lacking(q.device.index)
 
 
@@ -89,6 +91,11 @@ class Problem:
         return self.q.shape[-3], self.k.shape[-3]
 
     @property
+    def is_rich(self) -> bool:
+        """Whether scores take more than a factor."""
+        return self.options.softcap > 0 or self.options.dropout_p > 0 or self.alibi_slopes is not None
+
+    @property
     def group(self) -> int:
         return self.q.shape[-2] // self.k.shape[-2]
 
@@ -122,7 +129,7 @@ class Problem:
         """One program for each tile of query rows, or `by_keys`, and head of k."""
         (Tq, Tk), (Hk, D), itemsize = self.positions, self.k.shape[-2:], self.q.dtype.itemsize
         arch = arch_of(self.q.device)
-        tile = config.tile(name, arch, itemsize, D)
+        tile = config.tile(name, arch, itemsize, D, self.is_rich)
         rows, block = (Tk, tile.BLOCK_N) if by_keys else (Tq * self.group, tile.BLOCK_M)
         # Packed: see `tile_rows`. What lies past the last boundary is one more segment.
         tiles = rows // block + self.segments + 1 if self.is_packed else -(-rows // block)
@@ -131,13 +138,15 @@ class Problem:
             return
         section = config.section(arch, heads, min(Tk, self.options.max_seqlen_k), D, itemsize)
         run(
-            kernel, (tiles * heads * parts,),
+            self.q, kernel, (tiles * heads * parts,),
             {**self.arguments(), **arguments, "tiles": tiles, "heads": heads, "section": section, **asdict(tile)},
         )  # fmt: skip
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    kernel[grid](**arguments)
+def run(on: Tensor, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Launch on the device of `on`: Triton takes the current one."""
+    with torch.cuda.device_of(on):
+        kernel[grid](**arguments)
 
 
 def forward(
@@ -180,18 +189,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from hotloop.kernels.attention.triton_backward import dkdv_kernel, dq_kernel
 
-    none = q.new_empty(0)
     needs_dq, needs_dk, needs_dv, needs_dalibi, needs_dsinks = needs
-    dq, dk, dv = (x.new_empty(x.shape) if n else none for x, n in zip((q, k, v), needs, strict=False))
+    dq, dk, dv = (x.new_empty(x.shape if n else 0) for x, n in zip((q, k, v), needs, strict=False))
+    delta, dalibi, dsinks = None, q.new_empty(0), q.new_empty(0)
     problem = _problem(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options)
-    do = _rows(do)
-    delta, dsinks = none, none
+    do, o, lse = _rows(do), o.contiguous(), lse.contiguous()
     if needs_dq or needs_dk or needs_dalibi or needs_dsinks:
         delta, dsinks = _delta(problem, do, dlse, o, lse, sinks if needs_dsinks else None)
     shared = {"do": do, "do_strides": strides(do), "lse": lse, "delta": delta, "scale": options.scale}
     if needs_dk or needs_dv:
         problem.launch(dkdv_kernel, "dkdv", True, **shared, dk=dk, dv=dv, HAS_DK=needs_dk, HAS_DV=needs_dv)
-    dalibi = none
     if needs_dq or needs_dalibi:
         rows = torch.empty_like(lse) if needs_dalibi else None
         problem.launch(dq_kernel, "dq", **shared, dq=dq, dalibi=rows, HAS_DQ=needs_dq, HAS_DALIBI=needs_dalibi)
@@ -211,12 +218,15 @@ def _delta(
     dsinks = lse.new_empty((B * tiles, Hq) if sinks is not None else 0)
     if o.numel():
         run(
-            delta_kernel, (B * tiles, Hq),
+            o, delta_kernel, (B * tiles, Hq),
             {
                 "o": o, "do": do, "lse": lse, "dlse": None if dlse is None else dlse.contiguous(),
                 "sinks": None if sinks is None else sinks.contiguous(), "delta": delta, "dsinks": dsinks,
                 "do_strides": strides(do), "T": T, "Hq": Hq, "tiles": tiles, "D": D, "HAS_DLSE": dlse is not None,
                 "HAS_DSINKS": sinks is not None, "BLOCK": DELTA_ROWS, "BLOCK_D": config.block_d(D),
+                # A product fused into the first addition of a sum is rounded differently by lanes that hold the same
+                # rows, and which of them is stored is not defined.
+                "enable_fp_fusion": False,
             },
         )  # fmt: skip
     return delta, o.new_empty(0) if sinks is None else dsinks.sum(0)
@@ -232,7 +242,7 @@ def _sum_rows(rows: Tensor, cu_seqlens: Tensor | None, alibi_slopes: Tensor) -> 
         return rows.sum(-1)
     sums = torch.empty_like(alibi_slopes, memory_format=torch.contiguous_format)
     arguments = {"x": rows, "cu_seqlens": cu_seqlens, "sums": sums, "T": rows.shape[-1], "BLOCK": SUM_ROWS}
-    run(segment_sums_kernel, tuple(sums.shape), arguments)
+    run(rows, segment_sums_kernel, tuple(sums.shape), {**arguments, "enable_fp_fusion": False})
     return sums
 
 

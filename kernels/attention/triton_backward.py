@@ -60,8 +60,6 @@ def delta_kernel(
         x_delta -= tl.load(dlse + place, mask=sees_any, other=0.0)
     tl.store(delta + place, x_delta, mask=inside)
     if HAS_DSINKS:
-        # Behind a select no product is fused into the first addition of the sum: lanes that hold the same rows would
-        # round it differently, and which of them is stored is not defined.
         p = tl.exp2((tl.load(sinks + h) - x_lse) * LOG2_E)
         terms = tl.where(sees_any, p * x_delta, 0.0)
         tl.store(dsinks + tl.program_id(0) * Hq + h, -tl.sum(terms, 0))
@@ -139,7 +137,8 @@ def dkdv_kernel(
     q += at * q_strides[0] + start_q.to(tl.int64) * q_strides[1] + hk * GROUP * q_strides[2]
     do += at * do_strides[0] + start_q.to(tl.int64) * do_strides[1] + hk * GROUP * do_strides[2]
     lse += (at * Hq + hk * GROUP) * Tq + start_q
-    delta += (at * Hq + hk * GROUP) * Tq + start_q
+    if HAS_DK:
+        delta += (at * Hq + hk * GROUP) * Tq + start_q
     word = 0
     if HAS_DROPOUT:
         word = tl.load(seed)

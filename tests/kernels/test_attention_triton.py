@@ -67,7 +67,7 @@ class Watched:
     def __init__(self) -> None:
         self.launched: list[str] = []
 
-    def note(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    def note(self, on: Tensor, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         self.launched.append(kernel.__name__)
         kernel[grid](**arguments)
 
