@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,5 +132,59 @@ def test_keys_and_values_are_read_once_for_a_group() -> None:
     assert work["global_store_bytes"] == 2 * 16 * 4 * 16 + 4 * 16 * 4
 
 
+# --- machine code ---
+
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+TENSOR_CORES = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+CALLS: dict[str, Case] = {
+    "causal": Case(1024, 1024, Hq=4, Hk=2, right=0),
+    "rich": Case(1024, 1024, Hq=4, Hk=2, left=100, right=0, softcap=5.0, alibi=1, dropout_p=0.1),
+}
+COMPILED = [
+    *itertools.product(SHARED_KIB, ("causal",), (torch.bfloat16,), (64, 128, 256, 512)),
+    *itertools.product(SHARED_KIB, ("causal",), (torch.float32,), (64, 512)),
+    *itertools.product(SHARED_KIB, ("rich",), (torch.bfloat16, torch.float32), (128,)),
+]
+
+
+def compiled(target: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """The kernels of a call, forward and backward, by name; none is launched."""
+    found = {}
+
+    def compile_only(on: Any, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        found[kernel.__name__] = kernel.warmup(**arguments, grid=grid)
+
+    with emulated(target), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "run", compile_only)
+        run(backend, case, draw(case, dtype))
+    return found
+
+
+def measured() -> dict[str, dict[str, int]]:
+    rows = {}
+    for target, call, dtype, D in COMPILED:
+        for kernel, binary in compiled(target, replace(CALLS[call], D=D), dtype).items():
+            if kernel in ("forward_kernel", "dkdv_kernel", "dq_kernel"):
+                budget = emulator.static(binary).budget("HMMA", "HGMMA", "UTCHMMA", "LDGSTS.128")
+                rows[f"{kernel} {call} {str(dtype).removeprefix('torch.')} D {D}, {target}"] = budget
+    return rows
+
+
+@pytest.mark.slow  # compiles for every target
+def test_budgets() -> None:
+    if not triton.__version__.startswith("3.9."):
+        pytest.skip(f"the budgets are of Triton 3.9, not of {triton.__version__}")
+    rows = measured()
+    assert rows == json.loads(BUDGETS.read_text())
+    for name, row in rows.items():
+        target = name.rsplit(", ", 1)[1]
+        assert row["spills"] == row["stack"] == 0, name
+        assert row["shared"] <= SHARED_KIB[target] << 10, name
+        assert row.get("HMMA", 0) + row.get(TENSOR_CORES[target], 0) > 0, name
+        if "bfloat16" in name and "D 64" in name:
+            assert row[TENSOR_CORES[target]] > 0, name
+            assert row["LDGSTS.128"] > 0, name
+
+
 if __name__ == "__main__":
-    pass
+    BUDGETS.write_text(json.dumps(measured(), indent=1) + "\n")

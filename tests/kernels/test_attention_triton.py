@@ -6,11 +6,13 @@ Triton is first imported: this file runs itself in a process that has TRITON_INT
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hotloop.kernels.attention import config, platform, triton
+from hotloop.kernels.attention import attention, config, platform, triton
 from hotloop.kernels.attention.cases import NAMES, Case, check, draw, run
 from hotloop.kernels.attention.config import Tile
+from hotloop.kernels.dispatch import BackendError, use_backend
 from hotloop.kernels.testing import LAYOUTS
 
 # --- in the interpreter ---
@@ -185,14 +188,82 @@ INTERPRETED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", INTERPRETED)
+SLOW = {"sizes"}
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in INTERPRETED]
+)
 def test_in_the_interpreter(what: str) -> None:
     pytest.importorskip("triton", reason="needs triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, what], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, __file__, what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+# --- launch configurations ---
+
+ARCHS = {
+    80: "sm_80", 86: "sm_86", 87: "sm_80", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_86",
+    121: "sm_86",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_call_has_a_tile(arch: int) -> None:
+    """Powers of two that tensor cores take; parts cover head_dim, and there are parts nowhere or in both places."""
+    assert config.family(arch) == ARCHS[arch]
+    for kernel, itemsize, D, is_rich in itertools.product(config.KERNELS, (2, 4), range(8, 513, 8), (False, True)):
+        tile = config.tile(kernel, arch, itemsize, D, is_rich)
+        assert all(size >= 16 and size & (size - 1) == 0 for size in asdict(tile).values() if size > 8), tile
+        assert tile.num_warps in (4, 8)
+        assert tile.DEPTH <= tile.BLOCK_D <= config.block_d(D)
+        assert tile.DEPTH < D or tile.DEPTH == tile.BLOCK_D == config.block_d(D), (D, tile)
+
+
+def test_block_d() -> None:
+    assert [config.block_d(D) for D in (8, 16, 24, 64, 96, 136, 512)] == [16, 16, 32, 64, 128, 256, 512]
+
+
+def test_sections_keep_keys_and_values_in_the_cache() -> None:
+    """4 MiB of k and v a head in bf16: of sm_90's 50 MiB half; one head at least, and no more than there are."""
+    assert config.section(90, 64, 8192, 128, 2) == 6
+    assert config.section(90, 64, 1 << 20, 128, 2) == 1
+    assert config.section(90, 4, 128, 128, 2) == 4
+    assert config.section(90, 4, 0, 128, 2) == 4
+
+
+def test_windows_that_reach_past_everything_are_none() -> None:
+    q = torch.zeros(1, 10, 2, 8)
+    for left, right, expected in ((9, 9, (-1, -1)), (8, 8, (8, 8)), (2**31 - 1, 0, (-1, 0)), (-1, -1, (-1, -1))):
+        options = Case(10, 10, left=left, right=right).options
+        arguments = triton.Problem(q, q, q, None, None, None, None, options).arguments()
+        assert (arguments["window_left"], arguments["window_right"]) == expected
+        assert (arguments["HAS_LEFT"], arguments["HAS_RIGHT"]) == tuple(side >= 0 for side in expected)
+
+
+# --- what is refused ---
+
+
+def test_it_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(x: Tensor) -> str:
+        return triton.supports(x, x, x, None, None, None, None, Case(4, 4).options, False) or ""
+
+    x = torch.zeros(1, 4, 1, 8)
+    if triton.find_spec("triton") is not None:
+        assert reason(x) == "serves cuda tensors, got cpu"
+        assert "not torch.float64" in reason(_on_cuda(x.double()))
+        assert "counts query rows" in reason(_on_cuda(torch.empty(1, 2**31, 1, 8, device="meta")))
+        with use_backend("triton"), pytest.raises(BackendError, match="serves cuda tensors, got cpu"):
+            attention(x, x, x)
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    assert "pip install 'hotloop[triton]'" in reason(x)
+
+
+def _on_cuda(x: Tensor) -> Any:
+    """What `supports` reads of a tensor, as if it were on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, shape=x.shape)
 
 
 if __name__ == "__main__":
