@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.kernels.attention import config
+from hotloop.kernels.attention import config, tune
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.dispatch import Backend
 
@@ -129,7 +129,7 @@ class Problem:
         """One program for each tile of query rows, or `by_keys`, and head of k."""
         (Tq, Tk), (Hk, D), itemsize = self.positions, self.k.shape[-2:], self.q.dtype.itemsize
         arch = arch_of(self.q.device)
-        tile = config.tile(name, arch, itemsize, D, self.is_rich)
+        tile = tune.tile(name, self.q.device, arch, itemsize, D, self.is_rich)
         rows, block = (Tk, tile.BLOCK_N) if by_keys else (Tq * self.group, tile.BLOCK_M)
         # Packed: see `tile_rows`. What lies past the last boundary is one more segment.
         tiles = rows // block + self.segments + 1 if self.is_packed else -(-rows // block)
