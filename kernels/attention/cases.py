@@ -80,7 +80,8 @@ class Inputs:
         )  # fmt: skip
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
-        return Inputs(**{name: None if x is None else f(x) for name, x in vars(self).items()})
+        changed: dict[str, Any] = {name: None if x is None else f(x) for name, x in vars(self).items()}
+        return Inputs(**changed)
 
     def double(self) -> Inputs:
         return self.map(lambda x: x.double() if x.is_floating_point() else x)

@@ -42,7 +42,7 @@ def emulated(target: str, tile: Tile | None = None, **schedule: Any) -> Iterator
 
 def check_everywhere(case: Case, dtype: torch.dtype, target: str, tile: Tile | None = None) -> None:
     """The oracle, and the same bits under all schedules."""
-    found = []
+    found: list[list[torch.Tensor]] = []
     for schedule in SCHEDULES:
         with emulated(target, tile, **schedule):
             found.append(check(backend, case, dtype) if not found else run(backend, case, draw(case, dtype)))
@@ -125,7 +125,7 @@ def test_tiles_that_nothing_sees_are_skipped(kernel: str) -> None:
     causal, window = {"right": 0}, {"left": 63, "right": 0}
     documents = {"cu_q": (0, 64, 128, 192, 256)}
     whole, *masked = (
-        counted(Case(256, 256, Hq=1, D=16, **options), kernel)["mma_m16n8k16"]  # type: ignore[arg-type]
+        counted(Case(256, 256, Hq=1, D=16, **options), kernel)["mma_m16n8k16"]
         for options in ({}, causal, window, documents)
     )
     assert [m / whole for m in masked] == [10 / 16, 7 / 16, 4 / 16]

@@ -137,7 +137,7 @@ def interpret_needs() -> None:
     x, expected = draw(case, torch.float32), {}
     arguments = x.forward_arguments()
     delta, dkdv, dq = "delta_kernel", "dkdv_kernel", "dq_kernel"
-    costs = ([delta, dkdv, dq], [delta, dq], [delta, dkdv], [dkdv], [delta, dq], [delta], [])
+    costs: tuple[list[str], ...] = ([delta, dkdv, dq], [delta, dq], [delta, dkdv], [dkdv], [delta, dq], [delta], [])
     with patch.object(config, "tile", lambda *_: tile(BLOCKS[0], 8)):
         o, lse = triton.forward(*arguments, case.options)
         for which, kernels in zip((None, 0, 1, 2, 3, 4, 5), costs, strict=True):
