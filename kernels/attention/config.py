@@ -28,66 +28,69 @@ KERNELS = ("forward", "dkdv", "dq")
 Row = tuple[int, ...]
 """The fields of a tile, but for the last two where all columns are there at once."""
 
-# (bytes of an element, most columns) -> forward, dkdv, dq. fp32 holds each operand twice, as TF32 and the rest of it.
-TABLES: dict[str, dict[tuple[int, int], tuple[Row, Row, Row]]] = {
-    "sm_80": {
-        (2, 64): ((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        (2, 128): ((128, 64, 8, 3), (32, 64, 8, 2), (128, 32, 8, 2)),
-        (2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
-        (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
-        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
-        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
-    },
-    "sm_86": {  # and sm_120
-        (2, 64): ((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        (2, 128): ((128, 64, 8, 3), (32, 64, 8, 2), (128, 32, 8, 2)),
-        (2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 1)),
-        (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
-        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
-        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
-    },
+Table = dict[tuple[int, int], tuple[Row, Row, Row]]
+"""(bytes of an element, most columns) -> forward, dkdv, dq."""
+
+# Each operand is there twice, as TF32 and the rest of it.
+FP32: Table = {
+    (4, 64): ((32, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+    (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+}
+SM_80: Table = {
+    (2, 64): ((128, 128, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+    (2, 128): ((128, 64, 8, 3), (32, 64, 8, 2), (128, 32, 8, 2)),
+    (2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2)),
+    (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+    **FP32,
+}
+TABLES: dict[str, Table] = {
+    "sm_80": SM_80,
+    "sm_86": SM_80 | {(2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 1))},
     "sm_90": {
         (2, 64): ((128, 128, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
         (2, 128): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 32, 8, 2)),
         (2, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
         (2, 512): ((32, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
-        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
-        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+        **FP32,
     },
     "sm_100": {
-        (2, 64): ((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+        (2, 64): ((128, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2)),
         (2, 128): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-        (2, 256): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
-        (2, 512): ((32, 32, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
-        (4, 64): ((64, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
-        (4, 512): ((32, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
+        (2, 256): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+        (2, 512): ((32, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        **FP32,
+    },
+    "sm_120": {
+        (2, 64): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 32, 8, 2)),
+        (2, 128): ((128, 32, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)),
+        (2, 256): ((64, 16, 8, 2), (32, 32, 8, 2), (64, 32, 8, 1)),
+        (2, 512): ((32, 16, 8, 2), (16, 16, 8, 2), (32, 16, 8, 2)),
+        **FP32,
     },
 }
-
-# Instead, where scores take more than a factor (softcap, ALiBi, dropout): that needs registers.
-RICH_TABLES: dict[str, dict[tuple[int, int], tuple[Row, Row, Row]]] = {
-    family: {
-        (2, 64): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
-        (2, 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
-        (2, 256): ((64, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
-        (2, 512): ((32, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
-        (4, 64): ((32, 32, 8, 2), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2)),
-        (4, 512): ((32, 32, 8, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
-    }
-    for family in TABLES
+# Instead, on every GPU, where scores take more than a factor (softcap, ALiBi, dropout): that needs registers.
+RICH: Table = {
+    (2, 64): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+    (2, 128): ((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+    (2, 256): ((64, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    (2, 512): ((32, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    (4, 512): ((32, 32, 8, 2, 64, 32), (16, 32, 4, 2, 64, 32), (16, 32, 4, 2, 64, 32)),
 }
 
 # Bytes of second-level cache.
-CACHE = {"sm_80": 40 << 20, "sm_86": 6 << 20, "sm_90": 50 << 20, "sm_100": 126 << 20}
+CACHE = {"sm_80": 40 << 20, "sm_86": 6 << 20, "sm_90": 50 << 20, "sm_100": 126 << 20, "sm_120": 96 << 20}
 
 
 def family(arch: int) -> str:
-    """The table that serves a GPU of compute capability `arch` (80 for 8.0). sm_86, 89 and 120: 99 KiB a block."""
+    """The table that serves a GPU of compute capability `arch` (80 for 8.0): the newest that is not newer.
+
+    sm_86 and sm_120 have 99 KiB of shared memory a block; sm_87 has sm_80's.
+    """
     if arch in (80, 87):
         return "sm_80"
-    if arch < 90 or arch >= 120:
-        return "sm_86"
-    return "sm_90" if arch < 100 else "sm_100"
+    return next(
+        name for name, since in (("sm_120", 120), ("sm_100", 100), ("sm_90", 90), ("sm_86", 0)) if arch >= since
+    )
 
 
 def block_d(D: int) -> int:
@@ -97,7 +100,7 @@ def block_d(D: int) -> int:
 
 def tile(kernel: str, arch: int, itemsize: int, D: int, is_rich: bool) -> Tile:
     """is_rich: with softcap, ALiBi or dropout."""
-    table, whole = (RICH_TABLES if is_rich else TABLES)[family(arch)], block_d(D)
+    table, whole = RICH if is_rich else TABLES[family(arch)], block_d(D)
     rows = next(rows for (size, columns), rows in table.items() if size == itemsize and columns >= D)
     BLOCK_M, BLOCK_N, num_warps, num_stages, *parts = rows[KERNELS.index(kernel)]
     BLOCK_D, DEPTH = (min(part, whole) for part in parts) if parts else (whole, whole)

@@ -205,8 +205,8 @@ def test_in_the_interpreter(what: str) -> None:
 # --- launch configurations ---
 
 ARCHS = {
-    80: "sm_80", 86: "sm_86", 87: "sm_80", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_86",
-    121: "sm_86",
+    80: "sm_80", 86: "sm_86", 87: "sm_80", 89: "sm_86", 90: "sm_90", 100: "sm_100", 103: "sm_100", 120: "sm_120",
+    121: "sm_120",
 }  # fmt: skip
 
 
