@@ -152,7 +152,7 @@ COMPILED = [
     *itertools.product(("sm_80", "sm_90", "sm_100", "sm_120"), ("causal",), (torch.bfloat16,), (64, 128, 256, 512)),
     *itertools.product(("sm_80", "sm_90", "sm_100", "sm_120"), ("causal",), (torch.float32,), (64, 512)),
     *itertools.product(("sm_80", "sm_90", "sm_100", "sm_120"), ("rich",), (torch.bfloat16,), (128,)),
-    *itertools.product(("sm_86",), ("causal",), (torch.bfloat16,), (128, 256)),  # the others have sm_80's tiles
+    *itertools.product(("sm_86",), ("causal",), (torch.bfloat16,), (64, 128, 256, 512)),
 ]
 
 
