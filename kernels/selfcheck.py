@@ -192,6 +192,20 @@ def attention_options(rounded: torch.dtype, computed: torch.dtype, device: torch
     return {"o": o, "lse": lse, **gradients(loss, torch.ones_like(loss), inputs)}
 
 
+def attention_dropout(rounded: torch.dtype, computed: torch.dtype, device: torch.device) -> Results:
+    """Packed cross attention: segments of 30, 0 and 21 queries and 25, 10 and 40 keys, and a tail of both."""
+    draw = Draw(rounded, computed, device, seed=7)
+    q = draw.normal(60, 6, 48, grad=True)
+    k, v = (draw.normal(80, 2, 48, grad=True) for _ in range(2))
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 30, 30, 51], [0, 25, 35, 75])
+    )
+    o = attention_varlen(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=True, dropout_p=0.25, seed=3 * 2**40 + 1
+    )
+    return {"o": o, **gradients(o, draw.normal(*o.shape), {"q": q, "k": k, "v": v})}
+
+
 # --- cross entropy ---
 
 
@@ -332,6 +346,7 @@ CASES = (
     _case("attention", "causal, grouped heads", ATTENTION, dense_attention),
     _case("attention", "packed documents, causal", ATTENTION, packed_attention),
     _case("attention", "window, softcap, ALiBi, sinks, lse", ATTENTION, attention_options),
+    _case("attention", "packed cross attention, dropout", ATTENTION, attention_dropout),
     _case("linear_cross_entropy", "mean, ignored rows (one_pass)", ONE_PASS, mean_linear_cross_entropy),
     _case("linear_cross_entropy", "rows, bias, options (recompute)", RECOMPUTE, linear_cross_entropy_options),
     _case("cross_entropy", "rows, ignored rows, smoothing, z-loss", CROSS_ENTROPY, cross_entropy_options),

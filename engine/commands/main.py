@@ -21,6 +21,7 @@ from hotloop.engine.commands.evaluate import Evaluate
 from hotloop.engine.commands.generate import Generate
 from hotloop.engine.commands.prepare import Prepare
 from hotloop.engine.commands.pretrain import Pretrain
+from hotloop.engine.commands.tune import Tune
 from hotloop.engine.errors import UserError
 
 HELP = """usage: hotloop VERB [arguments]
@@ -32,6 +33,7 @@ Train language models on your own documents.
   hotloop generate runs/mine --prompt "Once"           text from the model
   hotloop eval runs/mine                               held-out loss, perplexity, bits per byte
   hotloop doctor                                       what this machine has, which backend serves each op
+  hotloop tune                                         measures launch configurations on this GPU
   hotloop demo                                         all of it on Python's own library, in five minutes
 
   hotloop VERB --help                                  what a verb does, its arguments and their defaults
@@ -46,6 +48,7 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "generate": Generate,
     "eval": Evaluate,
     "doctor": Doctor,
+    "tune": Tune,
     "demo": Demo,
 }
 

@@ -359,7 +359,7 @@ def test_choice_and_reasons() -> None:
         with use_backend("torch"), pytest.raises(BackendError, match="PyTorch's kernels"):
             attention(q, k, v, **{name: value})
         assert attention(q, k, v, **{name: value}).shape == q.shape  # the reference serves it
-    with use_backend("nothing"), pytest.raises(BackendError, match="has only torch, cuda, reference"):
+    with use_backend("nothing"), pytest.raises(BackendError, match=r"has only torch, .*reference"):
         attention(q, k, v)
     options = Options(4, 4, -1, -1, 1.0, 0.0, 0.0)
     with FakeTensorMode():
