@@ -1,0 +1,210 @@
+#include "attention/attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "attention/plan.h"
+#include "common/targets.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 says it of its own header, bug 105593
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace hotloop::attention {
+
+// What is compiled for each instruction set.
+struct Kernels {
+  void (*pack)(const Call&, const Segment&, int64_t head, int64_t block);
+  void (*forward)(const Call&, const Task&, float* scratch);
+  void (*delta)(const Call&, const Task&);
+  void (*backward)(const Call&, const Task&, float* scratch, float* dalibi);
+  void (*sum)(const Call&, const Task&);
+  int64_t (*forward_scratch)(const Call&);
+  int64_t (*backward_scratch)(const Call&);
+};
+
+#define HOTLOOP_SIMD_WIDTH 4
+namespace baseline {
+#include "attention/kernels.inl"
+}
+#undef HOTLOOP_SIMD_WIDTH
+
+#if defined(__x86_64__)
+#define HOTLOOP_SIMD_WIDTH 8
+HOTLOOP_TARGET_BEGIN("avx2,fma")
+HOTLOOP_CONTRACT
+namespace avx2 {
+#include "attention/kernels.inl"
+}
+HOTLOOP_TARGET_END
+#undef HOTLOOP_SIMD_WIDTH
+
+#define HOTLOOP_SIMD_WIDTH 16
+HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
+HOTLOOP_CONTRACT
+namespace avx512 {
+#include "attention/kernels.inl"
+}
+HOTLOOP_TARGET_END
+
+#define HOTLOOP_BF16
+HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+HOTLOOP_CONTRACT
+namespace avx512_bf16 {
+#include "attention/kernels.inl"
+}
+HOTLOOP_TARGET_END
+#undef HOTLOOP_BF16
+#undef HOTLOOP_SIMD_WIDTH
+#endif
+
+namespace {
+
+Kernels kernels_for(DType dtype) {
+#if defined(__x86_64__)
+  if (instruction_set() == InstructionSet::avx512_bf16 && dtype == DType::bf16) return avx512_bf16::kernels(dtype);
+  if (instruction_set() >= InstructionSet::avx512) return avx512::kernels(dtype);
+  if (instruction_set() == InstructionSet::avx2) return avx2::kernels(dtype);
+#endif
+  return baseline::kernels(dtype);
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+int thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Gives out the workspace, counting where there is none.
+struct Arena {
+  float* room;
+  int64_t size = 0;
+  float* take(int64_t floats) {
+    float* at = room == nullptr ? nullptr : room + size;
+    size += round_up(floats, WIDEST);
+    return at;
+  }
+};
+
+int64_t place_forward(Call& c, const Kernels& kernels, float* room, int threads) {
+  Arena arena{room};
+  const int64_t keys = c.problem.Hk * c.key_blocks * BLOCK_K;
+  c.keys = arena.take(keys * c.problem.D);
+  c.values = arena.take(keys * c.Dp);
+  c.scratch_size = round_up(kernels.forward_scratch(c), WIDEST);
+  c.scratch = arena.take(threads * c.scratch_size);
+  return arena.size;
+}
+
+int64_t place_backward(Call& c, const Kernels& kernels, float* room, int threads) {
+  Arena arena{room};
+  c.delta = arena.take(c.lse_size);
+  if (c.chunks > 1) c.partial_dq = arena.take(c.chunks * c.lse_size * c.Dp);
+  c.partial_dalibi = arena.take(int64_t(c.key_tasks.size()) * c.group());
+  c.scratch_size = round_up(kernels.backward_scratch(c), WIDEST);
+  c.scratch = arena.take(threads * c.scratch_size);
+  return arena.size;
+}
+
+template <class Each>
+void in_parallel(int64_t n, int threads, Each each) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (n > 1 && threads > 1)
+  for (int64_t i = 0; i < n; ++i) each(i);
+}
+
+// Positions of a packed result (positions, rest) that belong to no segment.
+void clear_tail(int64_t address, int64_t cu, int64_t segments, int64_t positions, int64_t bytes) {
+  if (address == 0 || cu == 0) return;
+  const int64_t end = reinterpret_cast<const int32_t*>(cu)[segments];
+  std::memset(reinterpret_cast<char*>(address) + end * bytes, 0, (positions - end) * bytes);
+}
+
+// dsinks = -sum of p_sink * delta over the queries of a segment that see a key
+float sink_gradient(const Call& c, const Segment& s, int64_t h) {
+  const float sink = reinterpret_cast<const float*>(c.problem.sinks)[h];
+  const float* lse = reinterpret_cast<const float*>(c.problem.lse) + c.lse_at(s, h);
+  const float* delta = c.delta + c.lse_at(s, h);
+  double sum = 0;
+  for (int64_t i = 0; i < s.nq; ++i)
+    if (lse[i] != -INFINITY) sum += std::exp(sink - lse[i]) * delta[i];
+  return float(-sum);
+}
+
+}  // namespace
+
+int64_t forward_workspace(const Problem& p, int threads) {
+  Call c(p, {});
+  return place_forward(c, kernels_for(p.dtype), nullptr, threads) * sizeof(float);
+}
+
+int64_t backward_workspace(const Problem& p, int threads) {
+  Call c(p, {});
+  return place_backward(c, kernels_for(p.dtype), nullptr, threads) * sizeof(float);
+}
+
+void forward(const Problem& p, const Numbers& numbers, void* workspace, int threads) {
+  Call c(p, numbers);
+  const Kernels kernels = kernels_for(p.dtype);
+  place_forward(c, kernels, static_cast<float*>(workspace), threads);
+  struct Pack {
+    const Segment* segment;
+    int64_t head, block;
+  };
+  std::vector<Pack> packs;
+  for (const Segment& s : c.segments)
+    for (int64_t head = 0; head < p.Hk; ++head)
+      for (int64_t block = 0; block * BLOCK_K < s.nk; ++block) packs.push_back({&s, head, block});
+  in_parallel(packs.size(), threads,
+              [&](int64_t i) { kernels.pack(c, *packs[i].segment, packs[i].head, packs[i].block); });
+  in_parallel(c.query_tasks.size(), threads,
+              [&](int64_t i) { kernels.forward(c, c.query_tasks[i], c.scratch + thread() * c.scratch_size); });
+  clear_tail(p.o, p.cu_q, p.segments, p.Tq, p.Hq * p.D * size_of(p.dtype));
+  if (p.cu_q) {
+    const int64_t end = reinterpret_cast<const int32_t*>(p.cu_q)[p.segments];
+    for (int64_t h = 0; h < p.Hq; ++h)
+      for (int64_t i = end; i < p.Tq; ++i) reinterpret_cast<float*>(p.lse)[h * p.Tq + i] = -INFINITY;
+  }
+}
+
+void backward(const Problem& p, const Gradients& gradients, const Numbers& numbers, void* workspace, int threads) {
+  Call c(p, numbers);
+  c.gradients = gradients;
+  const Kernels kernels = kernels_for(p.dtype);
+  place_backward(c, kernels, static_cast<float*>(workspace), threads);
+  const int64_t queries = c.query_tasks.size(), keys = c.key_tasks.size();
+  in_parallel(queries, threads, [&](int64_t i) { kernels.delta(c, c.query_tasks[i]); });
+  in_parallel(keys, threads, [&](int64_t i) {
+    kernels.backward(c, c.key_tasks[i], c.scratch + thread() * c.scratch_size, c.partial_dalibi + i * c.group());
+  });
+  if (gradients.dq && c.partial_dq) in_parallel(queries, threads, [&](int64_t i) { kernels.sum(c, c.query_tasks[i]); });
+  const int64_t bytes = p.D * size_of(p.dtype);
+  clear_tail(gradients.dq, p.cu_q, p.segments, p.Tq, p.Hq * bytes);
+  clear_tail(gradients.dk, p.cu_k, p.segments, p.Tk, p.Hk * bytes);
+  clear_tail(gradients.dv, p.cu_k, p.segments, p.Tk, p.Hk * bytes);
+  auto* dalibi = reinterpret_cast<float*>(gradients.dalibi_slopes);
+  auto* dsinks = reinterpret_cast<float*>(gradients.dsinks);
+  for (float* x : {dalibi, dsinks})
+    if (x != nullptr) std::memset(x, 0, p.segments * p.Hq * sizeof(float));
+  for (int64_t i = 0; dalibi != nullptr && i < keys; ++i)
+    for (int64_t g = 0; g < c.group(); ++g) {
+      const Task& task = c.key_tasks[i];
+      dalibi[task.segment->ordinal * p.Hq + task.head * c.group() + g] += c.partial_dalibi[i * c.group() + g];
+    }
+  for (const Segment& s : c.segments)
+    for (int64_t h = 0; dsinks != nullptr && h < p.Hq; ++h) dsinks[s.ordinal * p.Hq + h] = sink_gradient(c, s, h);
+}
+
+}  // namespace hotloop::attention

@@ -1,0 +1,184 @@
+// The forward pass: a block of queries of one head goes through the keys that it sees, block by block, with the running
+// maximum m and sum l of each query. Dao, "FlashAttention-2: Faster attention with better parallelism and work
+// partitioning" (2023).
+
+// Memory of one thread.
+struct ForwardScratch {
+  float* q;             // panels of D / STEP units
+  float *o, *m, *l;     // (BLOCK_Q, Dp), (BLOCK_Q,), (BLOCK_Q,)
+  float* tile;          // (BLOCK_K, LANES): scores; then probabilities, in units of keys (BLOCK_K / STEP, LANES)
+  float factor[LANES];  // of o, where the maximum has grown
+  int64_t size = 0;
+
+  ForwardScratch(float* room, const Call& c) {
+    const auto take = [&](float*& p, int64_t floats) { p = room + size, size += floats; };
+    take(q, BLOCK_Q * c.problem.D), take(o, BLOCK_Q * c.Dp), take(m, BLOCK_Q), take(l, BLOCK_Q);
+    take(tile, BLOCK_K * LANES);
+  }
+};
+
+struct KeyBlock {
+  const float *k, *v;  // rows, panels
+  int64_t first;
+};
+
+template <class Dot>
+KeyBlock key_block(const Call& c, const Segment& s, int64_t hk, int64_t block) {
+  const int64_t at = (hk * c.key_blocks + s.key_block + block) * BLOCK_K / Dot::STEP;
+  return {c.keys + at * c.problem.D, c.values + at * c.Dp, block * BLOCK_K};
+}
+
+template <class S>
+auto rows_of(const Strided& x, const Segment& s, int64_t first, int64_t head, int64_t begin, int64_t end) {
+  using T = typename S::type;
+  const T* at = reinterpret_cast<const T*>(x.address) + s.ordinal * x.batch + (first + begin) * x.row + head * x.head;
+  return [=, row = x.row, n = end - begin](int64_t i) { return i < n ? at + i * row : nullptr; };
+}
+
+template <class Dot, class S>
+void pack_keys(const Call& c, const Segment& s, int64_t hk, int64_t block) {
+  const Problem& p = c.problem;
+  const KeyBlock to = key_block<Dot>(c, s, hk, block);
+  const int64_t end = smaller(s.nk, to.first + BLOCK_K), rows = round_up(end - to.first, GROUP);
+  pack_rows<Dot, S>(const_cast<float*>(to.k), rows, p.D, rows_of<S>(p.k, s, s.first_k, hk, to.first, end));
+  pack_panels<Dot, S>(const_cast<float*>(to.v), BLOCK_K / Dot::STEP * W, rows, p.D,
+                      rows_of<S>(p.v, s, s.first_k, hk, to.first, end));
+}
+
+// Probabilities, unnormalised, of four keys and V vectors of queries, as A of the product with v.
+template <int V>
+inline void store_p(Fp32, float* p, int64_t k, const vf (&x)[4][V]) {
+  for (int r = 0; r < 4; ++r)
+    for (int v = 0; v < V; ++v) F32::store(p + (k + r) * LANES + v * W, x[r][v]);
+}
+#ifdef HOTLOOP_BF16
+template <int V>
+inline void store_p(Bf16, float* p, int64_t k, const vf (&x)[4][V]) {
+  for (int r = 0; r < 4; r += 2)
+    for (int v = 0; v < V; ++v) F32::store(p + (k + r) / 2 * LANES + v * W, pairs(x[r][v], x[r + 1][v]));
+}
+#endif
+
+template <class Dot, int V>
+void attend(const Call& c, const Scores& scores, ForwardScratch& t, const KeyBlock& block, Range rows, int64_t query,
+            int64_t column, bool edge, bool fresh) {
+  const int64_t U = c.problem.D / Dot::STEP;
+  vf top[V] = {};
+  for (vf& x : top) x = set(-INFINITY);
+  for (int64_t k = rows.begin; k < rows.end; k += ROWS) {
+    vf s[ROWS][V] = {};
+    multiply<Dot, V>(s, block.k + k * U, U, 1, t.q + column * U, U * W, U);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        F32::store(t.tile + (k + r) * LANES + v * W, s[r][v]);
+        top[v] = maximum(top[v], s[r][v]);
+      }
+  }
+  if (edge || scores.shaped) {
+    shape<V>(t.tile, scores, rows, query, block.first);
+    for (int v = 0; v < V; ++v) {
+      top[v] = set(-INFINITY);
+      for (int64_t k = rows.begin; k < rows.end; ++k) top[v] = maximum(top[v], F32::load(t.tile + k * LANES + v * W));
+    }
+  }
+  const float scale = scores.shaped ? 1 : scores.scale;
+  vf m[V], sum[V] = {};
+  for (int v = 0; v < V; ++v) {
+    const vf before = F32::load(t.m + column + v * W), now = maximum(before, top[v] * scale);
+    F32::store(t.m + column + v * W, now);
+    m[v] = select(now == -INFINITY, vf{}, now);  // of queries that have seen nothing yet
+    const vf factor = exp(before - m[v]);
+    F32::store(t.factor + v * W, factor);
+    sum[v] = F32::load(t.l + column + v * W) * factor;
+  }
+  for (int64_t k = rows.begin; k < rows.end; k += 4) {
+    vf p[4][V];
+    for (int r = 0; r < 4; ++r)
+      for (int v = 0; v < V; ++v) {
+        p[r][v] = exp(F32::load(t.tile + (k + r) * LANES + v * W) * scale - m[v]);
+        sum[v] += p[r][v];
+      }
+    if (scores.dropped)
+      for (int v = 0; v < V; ++v) {
+        vf factor[4];
+        keep_factors(scores, query + v * W, block.first + k, factor);
+        for (int r = 0; r < 4; ++r) p[r][v] *= factor[r];
+      }
+    store_p<V>(Dot(), t.tile, k, p);
+  }
+  for (int v = 0; v < V; ++v) F32::store(t.l + column + v * W, sum[v]);
+  const int64_t first = rows.begin / Dot::STEP, panel = BLOCK_K / Dot::STEP * W;
+  accumulate<Dot>({t.o + column * c.Dp, c.Dp, t.factor, fresh}, V * W, vectors(c.problem.D), {t.tile + first * LANES, 1, LANES},
+                  {block.v + first * W, panel}, rows.size() / Dot::STEP);
+}
+
+template <class S>
+void store_row(typename S::type* out, const float* x, int64_t D, float factor) {
+  for (int64_t d = 0; d < D; d += W) {
+    const vf y = F32::load(x + d) * factor;
+    d + W <= D ? S::store(out + d, y) : store_part<S>(out + d, D - d, y);
+  }
+}
+
+// o and lse of the block from what has been summed.
+template <class S>
+void finish(const Call& c, const Task& task, const ForwardScratch& t, bool seen) {
+  const Problem& p = c.problem;
+  const Segment& s = *task.segment;
+  float* lse = reinterpret_cast<float*>(p.lse) + c.lse_at(s, task.head);
+  auto* o = reinterpret_cast<typename S::type*>(p.o) + (c.position_q(s) * p.Hq + task.head) * p.D;
+  for (int64_t i = 0; i < task.range.size(); ++i) {
+    auto* out = o + (task.range.begin + i) * p.Hq * p.D;
+    float& l = lse[task.range.begin + i];
+    if (!seen || t.l[i] == 0) {
+      l = -INFINITY;
+      std::memset(out, 0, p.D * sizeof *out);
+      continue;
+    }
+    const float m = t.m[i];
+    l = m == INFINITY ? m : m + std::log(t.l[i]);
+    float factor = 1 / t.l[i];
+    if (p.sinks) {
+      const float sink = reinterpret_cast<const float*>(p.sinks)[task.head], top = sink > l ? sink : l;
+      l = top + std::log(std::exp(l - top) + std::exp(sink - top));
+      factor = std::exp(m - l);
+    }
+    store_row<S>(out, t.o + i * c.Dp, p.D, factor);
+  }
+}
+
+template <class Dot, class S>
+void forward_task(const Call& c, const Task& task, float* room) {
+  const Segment& s = *task.segment;
+  const int64_t hk = task.head / c.group(), n = task.range.size();
+  const Scores scores(c, s, task.head);
+  ForwardScratch t(room, c);
+  const Range keys = s.keys(task.range);
+  if (!keys.empty()) {
+    pack_transposed<Dot, S>(t.q, round_up(n, W), c.problem.D,
+                            rows_of<S>(c.problem.q, s, s.first_q, task.head, task.range.begin, task.range.end));
+    for (int64_t i = 0; i < BLOCK_Q; ++i) t.m[i] = -INFINITY, t.l[i] = 0;
+  }
+  bool fresh[BLOCK_Q / LANES];
+  for (bool& f : fresh) f = true;
+  for (int64_t b = keys.begin / BLOCK_K; b * BLOCK_K < keys.end; ++b) {
+    const KeyBlock block = key_block<Dot>(c, s, hk, b);
+    for (int64_t column = 0; column < n; column += LANES) {
+      const Range queries = {task.range.begin + column, smaller(task.range.begin + column + LANES, task.range.end)};
+      const Range seen = s.keys(queries);
+      const Range rows = {larger(0, seen.begin - block.first) / GROUP * GROUP,
+                          round_up(smaller(BLOCK_K, seen.end - block.first), GROUP)};
+      if (rows.empty()) continue;
+      const bool edge = !s.all_visible(queries, {block.first + rows.begin, block.first + rows.end});
+      bool& first = fresh[column / LANES];
+      if (queries.size() > W)
+        attend<Dot, VECTORS>(c, scores, t, block, rows, queries.begin, column, edge, first);
+      else
+        attend<Dot, 1>(c, scores, t, block, rows, queries.begin, column, edge, first);
+      first = false;
+    }
+  }
+  finish<S>(c, task, t, !keys.empty());
+}
