@@ -8,7 +8,7 @@ struct BackwardScratch {
   float *k, *k_panels, *v;                    // of the task's keys: rows, panels by key block, rows
   float *dk, *dv;                             // (keys, Dp)
   float *q, *q_panels, *grad_o, *grad_panels;  // of all queries: transposed, panels by tile
-  float *dq, *lse, *delta;                    // (queries, Dp), (queries,), (queries,); lse is +inf where p is 0
+  float *dq, *lse, *delta;                    // (queries, Dp), (queries,), (queries,); lse of base 2, +inf: p is 0
   float *s, *ds;                              // a tile (BLOCK_K, TILE_Q): scores, then p; do v', then ds
   float* ds_units;                            // ds in units of keys (BLOCK_K / STEP, TILE_Q); floats: ds itself
   int64_t size = 0;
@@ -85,6 +85,7 @@ float differentiate(const Scores& scores, const BackwardScratch& t, const Needs&
     lse[v] = F32::load(t.lse + query + v * W);
     delta[v] = F32::load(t.delta + query + v * W);
   }
+  const float scale = scores.scale * LOG2_E;
   float* units = Dot::STEP > 1 && needs.dq ? t.ds_units : nullptr;
   for (int64_t k = rows.begin; k < rows.end; k += 4) {
     vf p[4][V], ds[4][V], keep[V][4];
@@ -95,7 +96,7 @@ float differentiate(const Scores& scores, const BackwardScratch& t, const Needs&
         const int64_t at = (k + r) * TILE_Q + lane + v * W;
         vf x = F32::load(t.s + at);
         if constexpr (PLAIN) {
-          p[r][v] = exp(x * scores.scale - lse[v]);
+          p[r][v] = exp2(x * scale - lse[v]);
           if (needs.ds) ds[r][v] = p[r][v] * (F32::load(t.ds + at) - delta[v]);
         } else {
           const Place place(scores, query + v * W, key + k + r);
@@ -103,7 +104,7 @@ float differentiate(const Scores& scores, const BackwardScratch& t, const Needs&
           x = scores.softcap > 0 ? capped * scores.softcap : x * scores.scale;
           x -= scores.alibi_slope * place.magnitude();
           x = key + k + r < scores.nk ? select(place.hidden(scores), set(-INFINITY), x) : set(-INFINITY);
-          p[r][v] = exp(x - lse[v]);
+          p[r][v] = exp2(x * LOG2_E - lse[v]);
           if (needs.ds) {
             vf dp = F32::load(t.ds + at);
             if (scores.dropped) dp *= keep[v][r];
@@ -212,7 +213,7 @@ struct BackwardTask {
       const int64_t end = smaller(i + TILE_Q, s.nq);
       for (int64_t j = i; j < i + TILE_Q; ++j) {
         const bool seeing = j < end && lse[j] != -INFINITY;
-        t.lse[j] = seeing ? lse[j] : INFINITY;
+        t.lse[j] = seeing ? float(lse[j] * 0x1.71547652b82fep+0) : INFINITY;
         t.delta[j] = seeing ? c.delta[at + j] : 0;
       }
       const auto q = rows_of<S>(p.q, s, s.first_q, h, i, end);

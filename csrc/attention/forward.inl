@@ -83,13 +83,13 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const KeyBlo
       for (int64_t k = rows.begin; k < rows.end; ++k) top[v] = maximum(top[v], F32::load(t.tile + k * LANES + v * W));
     }
   }
-  const float scale = scores.shaped ? 1 : scores.scale;
+  const float scale = scores.factor() * LOG2_E;
   vf m[V], sum[V] = {};
   for (int v = 0; v < V; ++v) {
-    const vf before = F32::load(t.m + column + v * W), now = maximum(before, top[v] * scale);
+    const vf before = F32::load(t.m + column + v * W), now = maximum(before, top[v]);
     F32::store(t.m + column + v * W, now);
-    m[v] = select(now == -INFINITY, vf{}, now);  // of queries that have seen nothing yet
-    const vf factor = exp(before - m[v]);
+    m[v] = select(now == -INFINITY, vf{}, now * scale);  // of queries that have seen nothing yet
+    const vf factor = exp2(before * scale - m[v]);
     F32::store(t.factor + v * W, factor);
     sum[v] = F32::load(t.l + column + v * W) * factor;
   }
@@ -97,7 +97,7 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const KeyBlo
     vf p[4][V];
     for (int r = 0; r < 4; ++r)
       for (int v = 0; v < V; ++v) {
-        p[r][v] = exp(F32::load(t.tile + (k + r) * LANES + v * W) * scale - m[v]);
+        p[r][v] = exp2(F32::load(t.tile + (k + r) * LANES + v * W) * scale - m[v]);
         sum[v] += p[r][v];
       }
     if (scores.dropped)
@@ -124,7 +124,7 @@ void store_row(typename S::type* out, const float* x, int64_t D, float factor) {
 
 // o and lse of the block from what has been summed.
 template <class S>
-void finish(const Call& c, const Task& task, const ForwardScratch& t, bool seen) {
+void finish(const Call& c, const Task& task, const ForwardScratch& t, float factor /* of m */, bool seen) {
   const Problem& p = c.problem;
   const Segment& s = *task.segment;
   float* lse = reinterpret_cast<float*>(p.lse) + c.lse_at(s, task.head);
@@ -137,15 +137,15 @@ void finish(const Call& c, const Task& task, const ForwardScratch& t, bool seen)
       std::memset(out, 0, p.D * sizeof *out);
       continue;
     }
-    const float m = t.m[i];
-    l = m == INFINITY ? m : m + std::log(t.l[i]);
-    float factor = 1 / t.l[i];
+    const double m = double(t.m[i]) * factor, sum = t.l[i];
+    double total = m + std::log(sum), share = 1;  // of the keys, the rest is the sink's
     if (p.sinks) {
-      const float sink = reinterpret_cast<const float*>(p.sinks)[task.head], top = sink > l ? sink : l;
-      l = top + std::log(std::exp(l - top) + std::exp(sink - top));
-      factor = std::exp(m - l);
+      const double more = reinterpret_cast<const float*>(p.sinks)[task.head] - total;
+      share = 1 / (1 + std::exp(more));
+      total += more > 0 ? more + std::log1p(std::exp(-more)) : std::log1p(std::exp(more));
     }
-    store_row<S>(out, t.o + i * c.Dp, p.D, factor);
+    l = float(m == INFINITY ? m : total);
+    store_row<S>(out, t.o + i * c.Dp, p.D, float(share / sum));
   }
 }
 
@@ -180,5 +180,5 @@ void forward_task(const Call& c, const Task& task, float* room) {
       first = false;
     }
   }
-  finish<S>(c, task, t, !keys.empty());
+  finish<S>(c, task, t, scores.factor(), !keys.empty());
 }
