@@ -23,9 +23,8 @@ namespace hotloop::attention {
 
 // What is compiled for each instruction set.
 struct Kernels {
-  void (*pack)(const Call&, const Segment&, int64_t head, int64_t block);
-  void (*forward)(const Call&, const Task&, float* scratch);
-  void (*delta)(const Call&, const Task&);
+  void (*pack)(const Call&, const Segment&, int64_t head, int64_t block, const PackedKeys&);
+  void (*forward)(const Call&, const Task&, const PackedKeys&, float* scratch);
   void (*backward)(const Call&, const Task&, float* scratch, float* dalibi);
   void (*sum)(const Call&, const Task&);
   int64_t (*forward_scratch)(const Call&);
@@ -99,19 +98,27 @@ struct Arena {
   }
 };
 
+// Whether a thread takes all queries of a group, so that its keys stay in the thread's cache.
+bool by_groups(const Call& c, int threads) { return int64_t(c.groups.size()) >= 8 * threads; }
+
+PackedKeys take_keys(const Call& c, Arena& arena, int64_t blocks) {
+  float* k = arena.take(blocks * BLOCK_K * c.problem.D);
+  return {k, arena.take(blocks * BLOCK_K * c.Dp)};
+}
+
 int64_t place_forward(Call& c, const Kernels& kernels, float* room, int threads) {
   Arena arena{room};
-  const int64_t keys = c.problem.Hk * c.key_blocks * BLOCK_K;
-  c.keys = arena.take(keys * c.problem.D);
-  c.values = arena.take(keys * c.Dp);
-  c.scratch_size = round_up(kernels.forward_scratch(c), WIDEST);
+  if (!by_groups(c, threads)) c.keys = take_keys(c, arena, c.problem.Hk * c.key_blocks);
+  Arena own{nullptr};
+  if (by_groups(c, threads)) take_keys(c, own, round_up(c.longest_k, BLOCK_K) / BLOCK_K);
+  own.take(kernels.forward_scratch(c));
+  c.scratch_size = own.size;
   c.scratch = arena.take(threads * c.scratch_size);
   return arena.size;
 }
 
 int64_t place_backward(Call& c, const Kernels& kernels, float* room, int threads) {
   Arena arena{room};
-  c.delta = arena.take(c.lse_size);
   if (c.chunks > 1) c.partial_dq = arena.take(c.chunks * c.lse_size * c.Dp);
   c.partial_dalibi = arena.take(int64_t(c.key_tasks.size()) * c.group());
   c.scratch_size = round_up(kernels.backward_scratch(c), WIDEST);
@@ -132,17 +139,6 @@ void clear_tail(int64_t address, int64_t cu, int64_t segments, int64_t positions
   std::memset(reinterpret_cast<char*>(address) + end * bytes, 0, (positions - end) * bytes);
 }
 
-// dsinks = -sum of p_sink * delta over the queries of a segment that see a key
-float sink_gradient(const Call& c, const Segment& s, int64_t h) {
-  const float sink = reinterpret_cast<const float*>(c.problem.sinks)[h];
-  const float* lse = reinterpret_cast<const float*>(c.problem.lse) + c.lse_at(s, h);
-  const float* delta = c.delta + c.lse_at(s, h);
-  double sum = 0;
-  for (int64_t i = 0; i < s.nq; ++i)
-    if (lse[i] != -INFINITY) sum += std::exp(sink - lse[i]) * delta[i];
-  return float(-sum);
-}
-
 }  // namespace
 
 int64_t forward_workspace(const Problem& p, int threads) {
@@ -159,18 +155,38 @@ void forward(const Problem& p, const Numbers& numbers, void* workspace, int thre
   Call c(p, numbers);
   const Kernels kernels = kernels_for(p.dtype);
   place_forward(c, kernels, static_cast<float*>(workspace), threads);
-  struct Pack {
-    const Segment* segment;
-    int64_t head, block;
-  };
-  std::vector<Pack> packs;
-  for (const Segment& s : c.segments)
-    for (int64_t head = 0; head < p.Hk; ++head)
-      for (int64_t block = 0; block * BLOCK_K < s.nk; ++block) packs.push_back({&s, head, block});
-  in_parallel(packs.size(), threads,
-              [&](int64_t i) { kernels.pack(c, *packs[i].segment, packs[i].head, packs[i].block); });
-  in_parallel(c.query_tasks.size(), threads,
-              [&](int64_t i) { kernels.forward(c, c.query_tasks[i], c.scratch + thread() * c.scratch_size); });
+  if (by_groups(c, threads)) {
+    in_parallel(c.groups.size(), threads, [&](int64_t i) {
+      const Group& group = c.groups[i];
+      Arena arena{c.scratch + thread() * c.scratch_size};
+      const PackedKeys keys = take_keys(c, arena, round_up(c.longest_k, BLOCK_K) / BLOCK_K);
+      float* scratch = arena.take(0);
+      for (int64_t block = 0; block * BLOCK_K < group.segment->nk; ++block)
+        kernels.pack(c, *group.segment, group.head, block, keys);
+      for (int64_t task = group.first_task; task < group.first_task + group.tasks; ++task)
+        kernels.forward(c, c.query_tasks[task], keys, scratch);
+    });
+  } else {
+    struct Block {
+      const Group* group;
+      int64_t block;
+    };
+    std::vector<Block> blocks;
+    for (const Group& group : c.groups)
+      for (int64_t block = 0; block * BLOCK_K < group.segment->nk; ++block) blocks.push_back({&group, block});
+    const auto keys_of = [&](const Segment& s, int64_t hk) -> PackedKeys {
+      const int64_t at = (hk * c.key_blocks + s.key_block) * BLOCK_K;
+      return {c.keys.k + at * p.D, c.keys.v + at * c.Dp};
+    };
+    in_parallel(blocks.size(), threads, [&](int64_t i) {
+      const auto [group, block] = blocks[i];
+      kernels.pack(c, *group->segment, group->head, block, keys_of(*group->segment, group->head));
+    });
+    in_parallel(c.query_tasks.size(), threads, [&](int64_t i) {
+      const Task& task = c.query_tasks[i];
+      kernels.forward(c, task, keys_of(*task.segment, task.head / c.group()), c.scratch + thread() * c.scratch_size);
+    });
+  }
   clear_tail(p.o, p.cu_q, p.segments, p.Tq, p.Hq * p.D * size_of(p.dtype));
   if (p.cu_q) {
     const int64_t end = reinterpret_cast<const int32_t*>(p.cu_q)[p.segments];
@@ -185,7 +201,10 @@ void backward(const Problem& p, const Gradients& gradients, const Numbers& numbe
   const Kernels kernels = kernels_for(p.dtype);
   place_backward(c, kernels, static_cast<float*>(workspace), threads);
   const int64_t queries = c.query_tasks.size(), keys = c.key_tasks.size();
-  in_parallel(queries, threads, [&](int64_t i) { kernels.delta(c, c.query_tasks[i]); });
+  auto* dalibi = reinterpret_cast<float*>(gradients.dalibi_slopes);
+  auto* dsinks = reinterpret_cast<float*>(gradients.dsinks);
+  for (float* x : {dalibi, dsinks})
+    if (x != nullptr) std::memset(x, 0, p.segments * p.Hq * sizeof(float));
   in_parallel(keys, threads, [&](int64_t i) {
     kernels.backward(c, c.key_tasks[i], c.scratch + thread() * c.scratch_size, c.partial_dalibi + i * c.group());
   });
@@ -194,17 +213,11 @@ void backward(const Problem& p, const Gradients& gradients, const Numbers& numbe
   clear_tail(gradients.dq, p.cu_q, p.segments, p.Tq, p.Hq * bytes);
   clear_tail(gradients.dk, p.cu_k, p.segments, p.Tk, p.Hk * bytes);
   clear_tail(gradients.dv, p.cu_k, p.segments, p.Tk, p.Hk * bytes);
-  auto* dalibi = reinterpret_cast<float*>(gradients.dalibi_slopes);
-  auto* dsinks = reinterpret_cast<float*>(gradients.dsinks);
-  for (float* x : {dalibi, dsinks})
-    if (x != nullptr) std::memset(x, 0, p.segments * p.Hq * sizeof(float));
   for (int64_t i = 0; dalibi != nullptr && i < keys; ++i)
     for (int64_t g = 0; g < c.group(); ++g) {
       const Task& task = c.key_tasks[i];
       dalibi[task.segment->ordinal * p.Hq + task.head * c.group() + g] += c.partial_dalibi[i * c.group() + g];
     }
-  for (const Segment& s : c.segments)
-    for (int64_t h = 0; dsinks != nullptr && h < p.Hq; ++h) dsinks[s.ordinal * p.Hq + h] = sink_gradient(c, s, h);
 }
 
 }  // namespace hotloop::attention

@@ -31,27 +31,6 @@ struct Needs {
       : dq(g.dq), dk(g.dk), dv(g.dv), dalibi(g.dalibi_slopes), ds(dq || dk || dalibi), anything(ds || dv) {}
 };
 
-// delta = rowsum(do * o) - dlse, and 0 for queries that see nothing, whatever is upstream of them
-template <class S>
-void delta_task(const Call& c, const Task& task) {
-  const Problem& p = c.problem;
-  const Segment& s = *task.segment;
-  const auto [begin, end] = task.range;
-  const auto grad_o = rows_of<S>(c.gradients.upstream, s, s.first_q, task.head, begin, end);
-  const auto o = rows_of<S>(c.contiguous_o(), s, s.first_q, task.head, begin, end);
-  const int64_t at = c.lse_at(s, task.head) + begin;
-  const float *lse = reinterpret_cast<const float*>(p.lse) + at,
-              *dlse = c.gradients.dlse ? reinterpret_cast<const float*>(c.gradients.dlse) + at : nullptr;
-  for (int64_t i = 0; i < end - begin; ++i) {
-    vf sum = {};
-    for (int64_t d = 0; d < p.D; d += W) {
-      const int64_t n = smaller(W, p.D - d);
-      sum += Fp32::units<S>(grad_o(i) + d, n) * Fp32::units<S>(o(i) + d, n);
-    }
-    c.delta[at + i] = lse[i] == -INFINITY ? 0 : sum_of(sum) - (dlse == nullptr ? 0 : dlse[i]);
-  }
-}
-
 template <int V>
 inline void store_tile(Fp32, float* tile, float*, int64_t k, int64_t lane, const vf (&x)[4][V]) {
   for (int r = 0; r < 4; ++r)
@@ -204,22 +183,41 @@ struct BackwardTask {
     return alibi;
   }
 
+  // lse and delta = rowsum(do * o) - dlse of the tile that begins at i. A query that sees nothing has p 0 and delta 0,
+  // whatever is upstream of it.
+  template <class S>
+  void prepare(int64_t h, int64_t i) {
+    const Problem& p = c.problem;
+    const Range rows = {i, smaller(i + TILE_Q, s.nq)};
+    const auto grad_o = rows_of<S>(c.gradients.upstream, s, s.first_q, h, rows);
+    const auto o = rows_of<S>(c.contiguous_o(), s, s.first_q, h, rows);
+    const int64_t at = c.lse_at(s, h) + i;
+    const float *lse = reinterpret_cast<const float*>(p.lse) + at,
+                *dlse = c.gradients.dlse ? reinterpret_cast<const float*>(c.gradients.dlse) + at : nullptr;
+    for (int64_t j = 0; j < TILE_Q; ++j) {
+      const bool seeing = j < rows.size() && lse[j] != -INFINITY;
+      t.lse[i + j] = seeing ? float(lse[j] * LOG2_E_EXACT) : INFINITY;
+      t.delta[i + j] = 0;
+      if (!seeing) continue;
+      vf sum = {};
+      for (int64_t d = 0; d < D; d += W) {
+        const int64_t n = smaller(W, D - d);
+        sum += Fp32::units<S>(grad_o(j) + d, n) * Fp32::units<S>(o(j) + d, n);
+      }
+      t.delta[i + j] = sum_of(sum) - (dlse == nullptr ? 0 : dlse[j]);
+    }
+  }
+
+  // The tiles of `queries`.
   template <class S>
   void pack_queries(int64_t h, Range queries) {
-    const Problem& p = c.problem;
-    const int64_t at = c.lse_at(s, h);
-    const float* lse = reinterpret_cast<const float*>(p.lse) + at;
     for (int64_t i = queries.begin; i < queries.end; i += TILE_Q) {
-      const int64_t end = smaller(i + TILE_Q, s.nq);
-      for (int64_t j = i; j < i + TILE_Q; ++j) {
-        const bool seeing = j < end && lse[j] != -INFINITY;
-        t.lse[j] = seeing ? float(lse[j] * 0x1.71547652b82fep+0) : INFINITY;
-        t.delta[j] = seeing ? c.delta[at + j] : 0;
-      }
-      const auto q = rows_of<S>(p.q, s, s.first_q, h, i, end);
-      const auto upstream = rows_of<S>(c.gradients.upstream, s, s.first_q, h, i, end);
+      const Range tile = {i, smaller(i + TILE_Q, s.nq)};
+      const auto q = rows_of<S>(c.problem.q, s, s.first_q, h, tile);
+      const auto upstream = rows_of<S>(c.gradients.upstream, s, s.first_q, h, tile);
       const auto grad_o = [&](int64_t j) { return t.lse[i + j] == INFINITY ? nullptr : upstream(j); };
-      const int64_t rows = round_up(end - i, W);
+      const int64_t rows = round_up(tile.size(), W);
+      prepare<S>(h, i);
       pack_transposed<Dot, S>(t.q + i * U, rows, D, q);
       if (needs.dk) pack_panels<Dot, S>(t.q_panels + i * Dp / Dot::STEP, QUERY_PANEL, rows, D, q);
       if (needs.ds) pack_transposed<Dot, S>(t.grad_o + i * U, rows, D, grad_o);
@@ -227,13 +225,27 @@ struct BackwardTask {
     }
   }
 
+  // The gradient of a sink: -sum of p_sink * delta over all queries.
   template <class S>
-  void pack_keys(int64_t hk) {
+  float sink_gradient(int64_t h) {
+    const float* lse = reinterpret_cast<const float*>(c.problem.lse) + c.lse_at(s, h);
+    const float sink = reinterpret_cast<const float*>(c.problem.sinks)[h];
+    double sum = 0;
+    for (int64_t i = 0; i < s.nq; i += TILE_Q) {
+      prepare<S>(h, i);
+      for (int64_t j = i; j < smaller(i + TILE_Q, s.nq); ++j)
+        if (lse[j] != -INFINITY) sum += std::exp(sink - lse[j]) * t.delta[j];
+    }
+    return float(-sum);
+  }
+
+  template <class S>
+  void pack_keys() {
     const Problem& p = c.problem;
-    const auto [begin, end] = task.range;
-    for (int64_t j = begin; j < end; j += BLOCK_K) {
-      const int64_t last = smaller(end, j + BLOCK_K), rows = round_up(last - j, GROUP), at = j - begin;
-      const auto k = rows_of<S>(p.k, s, s.first_k, hk, j, last), v = rows_of<S>(p.v, s, s.first_k, hk, j, last);
+    for (int64_t j = task.range.begin; j < task.range.end; j += BLOCK_K) {
+      const Range keys = {j, smaller(j + BLOCK_K, task.range.end)};
+      const int64_t rows = round_up(keys.size(), GROUP), at = j - task.range.begin;
+      const auto k = rows_of<S>(p.k, s, s.first_k, task.head, keys), v = rows_of<S>(p.v, s, s.first_k, task.head, keys);
       pack_rows<Dot, S>(t.k + at * U, rows, D, k);
       if (needs.ds) pack_rows<Dot, S>(t.v + at * U, rows, D, v);
       if (needs.dq) pack_panels<Dot, S>(t.k_panels + at * Dp / Dot::STEP, KEY_PANEL, rows, D, k);
@@ -251,23 +263,24 @@ struct BackwardTask {
   void run(float* dalibi /* (group,) */) {
     const Problem& p = c.problem;
     const Gradients& g = c.gradients;
-    const int64_t hk = task.head, group = c.group();
-    const Range seen = s.queries(task.range);
-    const Range queries = seen.empty() || task.range.empty() ? Range{0, 0}
-                          : Range{seen.begin / TILE_Q * TILE_Q, seen.end};
-    const int64_t rows = round_up(task.range.size(), GROUP);
+    const int64_t hk = task.head, group = c.group(), rows = round_up(task.range.size(), GROUP);
+    const Range seen = needs.anything && !task.range.empty() ? s.queries(task.range) : Range{0, 0};
     std::memset(t.dk, 0, rows * Dp * sizeof(float));
     std::memset(t.dv, 0, rows * Dp * sizeof(float));
-    pack_keys<S>(hk);
+    if (!seen.empty()) pack_keys<S>();
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-      const Scores scores(c, s, h);
-      pack_queries<S>(h, queries);
+      if (g.dsinks && task.chunk == 0)
+        reinterpret_cast<float*>(g.dsinks)[s.ordinal * p.Hq + h] = sink_gradient<S>(h);
       if (needs.dq) std::memset(t.dq, 0, round_up(s.nq, TILE_Q) * Dp * sizeof(float));
+      const Scores scores(c, s, h);
       double sum = 0;
-      for (int64_t j = task.range.begin; j < task.range.end; j += BLOCK_K) {
-        const Range keys = {j, smaller(j + BLOCK_K, task.range.end)}, by = s.queries(keys);
-        for (int64_t i = by.begin / TILE_Q * TILE_Q; i < by.end; i += TILE_Q)
-          sum += tile(scores, keys, {i, smaller(i + TILE_Q, s.nq)});
+      if (!seen.empty()) {
+        pack_queries<S>(h, {seen.begin / TILE_Q * TILE_Q, seen.end});
+        for (int64_t j = task.range.begin; j < task.range.end; j += BLOCK_K) {
+          const Range keys = {j, smaller(j + BLOCK_K, task.range.end)}, by = s.queries(keys);
+          for (int64_t i = by.begin / TILE_Q * TILE_Q; i < by.end; i += TILE_Q)
+            sum += tile(scores, keys, {i, smaller(i + TILE_Q, s.nq)});
+        }
       }
       dalibi[h - hk * group] = float(-sum);
       if (!needs.dq) continue;

@@ -17,32 +17,20 @@ struct ForwardScratch {
   }
 };
 
-struct KeyBlock {
-  const float *k, *v;  // rows, panels
-  int64_t first;
-};
-
-template <class Dot>
-KeyBlock key_block(const Call& c, const Segment& s, int64_t hk, int64_t block) {
-  const int64_t at = (hk * c.key_blocks + s.key_block + block) * BLOCK_K / Dot::STEP;
-  return {c.keys + at * c.problem.D, c.values + at * c.Dp, block * BLOCK_K};
-}
-
 template <class S>
-auto rows_of(const Strided& x, const Segment& s, int64_t first, int64_t head, int64_t begin, int64_t end) {
+auto rows_of(const Strided& x, const Segment& s, int64_t first, int64_t head, Range rows) {
   using T = typename S::type;
-  const T* at = reinterpret_cast<const T*>(x.address) + s.ordinal * x.batch + (first + begin) * x.row + head * x.head;
-  return [=, row = x.row, n = end - begin](int64_t i) { return i < n ? at + i * row : nullptr; };
+  const T* at = reinterpret_cast<const T*>(x.address) + s.ordinal * x.batch + (first + rows.begin) * x.row + head * x.head;
+  return [at, row = x.row, n = rows.size()](int64_t i) { return i < n ? at + i * row : nullptr; };
 }
 
 template <class Dot, class S>
-void pack_keys(const Call& c, const Segment& s, int64_t hk, int64_t block) {
+void pack_keys(const Call& c, const Segment& s, int64_t hk, int64_t block, const PackedKeys& to) {
   const Problem& p = c.problem;
-  const KeyBlock to = key_block<Dot>(c, s, hk, block);
-  const int64_t end = smaller(s.nk, to.first + BLOCK_K), rows = round_up(end - to.first, GROUP);
-  pack_rows<Dot, S>(const_cast<float*>(to.k), rows, p.D, rows_of<S>(p.k, s, s.first_k, hk, to.first, end));
-  pack_panels<Dot, S>(const_cast<float*>(to.v), BLOCK_K / Dot::STEP * W, rows, p.D,
-                      rows_of<S>(p.v, s, s.first_k, hk, to.first, end));
+  const Range keys = {block * BLOCK_K, smaller(s.nk, (block + 1) * BLOCK_K)};
+  const int64_t rows = round_up(keys.size(), GROUP), at = keys.begin / Dot::STEP;
+  pack_rows<Dot, S>(to.k + at * p.D, rows, p.D, rows_of<S>(p.k, s, s.first_k, hk, keys));
+  pack_panels<Dot, S>(to.v + at * c.Dp, BLOCK_K / Dot::STEP * W, rows, p.D, rows_of<S>(p.v, s, s.first_k, hk, keys));
 }
 
 // Probabilities, unnormalised, of four keys and V vectors of queries, as A of the product with v.
@@ -60,14 +48,14 @@ inline void store_p(Bf16, float* p, int64_t k, const vf (&x)[4][V]) {
 #endif
 
 template <class Dot, int V>
-void attend(const Call& c, const Scores& scores, ForwardScratch& t, const KeyBlock& block, Range rows, int64_t query,
-            int64_t column, bool edge, bool fresh) {
+void attend(const Call& c, const Scores& scores, ForwardScratch& t, const PackedKeys& packed, int64_t key, Range rows,
+            int64_t query, int64_t column, bool edge, bool fresh) {
   const int64_t U = c.problem.D / Dot::STEP;
   vf top[V] = {};
   for (vf& x : top) x = set(-INFINITY);
   for (int64_t k = rows.begin; k < rows.end; k += ROWS) {
     vf s[ROWS][V] = {};
-    multiply<Dot, V>(s, block.k + k * U, U, 1, t.q + column * U, U * W, U);
+    multiply<Dot, V>(s, packed.k + (key + k) * U, U, 1, t.q + column * U, U * W, U);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
@@ -77,7 +65,7 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const KeyBlo
       }
   }
   if (edge || scores.shaped) {
-    shape<V>(t.tile, scores, rows, query, block.first);
+    shape<V>(t.tile, scores, rows, query, key);
     for (int v = 0; v < V; ++v) {
       top[v] = set(-INFINITY);
       for (int64_t k = rows.begin; k < rows.end; ++k) top[v] = maximum(top[v], F32::load(t.tile + k * LANES + v * W));
@@ -103,15 +91,15 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const KeyBlo
     if (scores.dropped)
       for (int v = 0; v < V; ++v) {
         vf factor[4];
-        keep_factors(scores, query + v * W, block.first + k, factor);
+        keep_factors(scores, query + v * W, key + k, factor);
         for (int r = 0; r < 4; ++r) p[r][v] *= factor[r];
       }
     store_p<V>(Dot(), t.tile, k, p);
   }
   for (int v = 0; v < V; ++v) F32::store(t.l + column + v * W, sum[v]);
-  const int64_t first = rows.begin / Dot::STEP, panel = BLOCK_K / Dot::STEP * W;
+  const int64_t first = rows.begin / Dot::STEP;
   accumulate<Dot>({t.o + column * c.Dp, c.Dp, t.factor, fresh}, V * W, vectors(c.problem.D), {t.tile + first * LANES, 1, LANES},
-                  {block.v + first * W, panel}, rows.size() / Dot::STEP);
+                  {packed.v + key / Dot::STEP * c.Dp + first * W, BLOCK_K / Dot::STEP * W}, rows.size() / Dot::STEP);
 }
 
 template <class S>
@@ -150,35 +138,32 @@ void finish(const Call& c, const Task& task, const ForwardScratch& t, float fact
 }
 
 template <class Dot, class S>
-void forward_task(const Call& c, const Task& task, float* room) {
+void forward_task(const Call& c, const Task& task, const PackedKeys& packed, float* room) {
   const Segment& s = *task.segment;
-  const int64_t hk = task.head / c.group(), n = task.range.size();
+  const int64_t n = task.range.size();
   const Scores scores(c, s, task.head);
   ForwardScratch t(room, c);
   const Range keys = s.keys(task.range);
   if (!keys.empty()) {
     pack_transposed<Dot, S>(t.q, round_up(n, W), c.problem.D,
-                            rows_of<S>(c.problem.q, s, s.first_q, task.head, task.range.begin, task.range.end));
+                            rows_of<S>(c.problem.q, s, s.first_q, task.head, task.range));
     for (int64_t i = 0; i < BLOCK_Q; ++i) t.m[i] = -INFINITY, t.l[i] = 0;
   }
   bool fresh[BLOCK_Q / LANES];
   for (bool& f : fresh) f = true;
-  for (int64_t b = keys.begin / BLOCK_K; b * BLOCK_K < keys.end; ++b) {
-    const KeyBlock block = key_block<Dot>(c, s, hk, b);
+  for (int64_t key = keys.begin / BLOCK_K * BLOCK_K; key < keys.end; key += BLOCK_K)
     for (int64_t column = 0; column < n; column += LANES) {
       const Range queries = {task.range.begin + column, smaller(task.range.begin + column + LANES, task.range.end)};
       const Range seen = s.keys(queries);
-      const Range rows = {larger(0, seen.begin - block.first) / GROUP * GROUP,
-                          round_up(smaller(BLOCK_K, seen.end - block.first), GROUP)};
+      const Range rows = {larger(0, seen.begin - key) / GROUP * GROUP, round_up(smaller(BLOCK_K, seen.end - key), GROUP)};
       if (rows.empty()) continue;
-      const bool edge = !s.all_visible(queries, {block.first + rows.begin, block.first + rows.end});
+      const bool edge = !s.all_visible(queries, {key + rows.begin, key + rows.end});
       bool& first = fresh[column / LANES];
       if (queries.size() > W)
-        attend<Dot, VECTORS>(c, scores, t, block, rows, queries.begin, column, edge, first);
+        attend<Dot, VECTORS>(c, scores, t, packed, key, rows, queries.begin, column, edge, first);
       else
-        attend<Dot, 1>(c, scores, t, block, rows, queries.begin, column, edge, first);
+        attend<Dot, 1>(c, scores, t, packed, key, rows, queries.begin, column, edge, first);
       first = false;
     }
-  }
   finish<S>(c, task, t, scores.factor(), !keys.empty());
 }

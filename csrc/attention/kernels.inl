@@ -13,7 +13,6 @@ Kernels kernels_of() {
   return {
       pack_keys<Dot, S>,
       forward_task<Dot, S>,
-      delta_task<S>,
       [](const Call& c, const Task& task, float* room, float* dalibi) {
         BackwardTask<Dot>(c, task, room).template run<S>(dalibi);
       },

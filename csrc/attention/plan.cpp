@@ -15,7 +15,6 @@ constexpr int64_t SHORTEST_CHUNK = 256;
 Call::Call(const Problem& p, const Numbers& n) : problem(p), gradients{}, numbers(n) {
   const auto* cu_q = reinterpret_cast<const int32_t*>(p.cu_q);
   const auto* cu_k = reinterpret_cast<const int32_t*>(p.cu_k);
-  int64_t longest_k = 0;
   for (int64_t i = 0; i < p.segments; ++i) {
     Segment s = {i, 0, 0, p.Tq, p.Tk, key_blocks, 0, 0};
     if (packed()) s = {i, cu_q[i], cu_k[i], cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i], key_blocks, 0, 0};
@@ -33,10 +32,13 @@ Call::Call(const Problem& p, const Numbers& n) : problem(p), gradients{}, number
 
   // With a causal mask the last queries see most keys, and the first keys are seen by most queries.
   for (const Segment& s : segments)
-    for (int64_t hk = 0; hk < p.Hk; ++hk)
-      for (int64_t begin = (s.nq - 1) / BLOCK_Q * BLOCK_Q; s.nq > 0 && begin >= 0; begin -= BLOCK_Q)
+    for (int64_t hk = 0; hk < p.Hk && s.nq > 0; ++hk) {
+      const int64_t first = query_tasks.size();
+      for (int64_t begin = (s.nq - 1) / BLOCK_Q * BLOCK_Q; begin >= 0; begin -= BLOCK_Q)
         for (int64_t h = hk * group(); h < (hk + 1) * group(); ++h)
           query_tasks.push_back({&s, h, {begin, smaller(s.nq, begin + BLOCK_Q)}, 0});
+      groups.push_back({&s, hk, first, int64_t(query_tasks.size()) - first});
+    }
 
   const int64_t heads = larger(1, int64_t(segments.size()) * p.Hk), longest = round_up(larger(1, longest_k), BLOCK_K);
   chunk = heads >= TASKS ? longest : smaller(longest, larger(SHORTEST_CHUNK, round_up(longest * heads / TASKS, BLOCK_K)));

@@ -53,27 +53,41 @@ struct Task {
   int64_t chunk;  // ordinal of the range of keys among those of its segment
 };
 
+// The tasks of one head of k of one segment, which share its keys.
+struct Group {
+  const Segment* segment;
+  int64_t head;
+  int64_t first_task, tasks;
+};
+
+// Keys and values of one head of one segment, by blocks: rows of k (BLOCK_K, D) and panels of v (Dp / W, BLOCK_K, W).
+struct PackedKeys {
+  float *k, *v;
+};
+
 // A call's tasks, the long ones first, and its memory.
 struct Call {
   Problem problem;
   Gradients gradients;
   Numbers numbers;
   std::vector<Segment> segments;         // the empty ones left out
-  std::vector<Task> query_tasks;         // of BLOCK_Q queries
+  std::vector<Task> query_tasks;         // of BLOCK_Q queries, by groups
+  std::vector<Group> groups;
   std::vector<Task> key_tasks;           // of `chunk` keys
-  int64_t key_blocks = 0, longest_q = 0;
+  int64_t key_blocks = 0, longest_q = 0, longest_k = 0;
   int64_t chunk = 0, chunks = 1;         // keys of a task, and the most tasks that a segment has for one head
   int64_t Dp = 0;                        // D, filled up to whole vectors
   int64_t lse_size = 0;                  // elements
 
-  // Workspace. Forward: keys and values, packed, (Hk, key_blocks, BLOCK_K, D and Dp). Backward: delta, like lse; dq of
-  // each chunk (chunks, lse_size, Dp), null where there is one; dalibi_slopes of each task (key_tasks, Hq / Hk).
-  float *keys = nullptr, *values = nullptr, *delta = nullptr, *partial_dq = nullptr, *partial_dalibi = nullptr;
-  float* scratch = nullptr;      // of the first thread
-  int64_t scratch_size = 0;      // of each
-  int64_t workspace_size = 0;    // floats
+  // Workspace. Forward: keys of all groups, null where each thread has its group's. Backward: dq of each chunk (chunks,
+  // lse_size, Dp), null where there is one; dalibi_slopes of each task (key_tasks, Hq / Hk).
+  PackedKeys keys = {};
+  float *partial_dq = nullptr, *partial_dalibi = nullptr;
+  float* scratch = nullptr;  // of the first thread
+  int64_t scratch_size = 0;  // floats of each
 
   Call(const Problem&, const Numbers&);
+  Call(const Call&) = delete;  // tasks point into it
 
   int64_t group() const { return problem.Hq / problem.Hk; }
   bool packed() const { return problem.cu_q != 0; }

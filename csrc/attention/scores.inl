@@ -25,7 +25,8 @@ struct Scores {
   float factor() const { return shaped ? 1 : scale; }  // of what is in a tile
 };
 
-constexpr float LOG2_E = 0x1.715476p+0f;
+constexpr double LOG2_E_EXACT = 0x1.71547652b82fep+0;
+constexpr float LOG2_E = float(LOG2_E_EXACT);
 
 // 2^x for x <= 126 and NaN; what is below 2^-126 is 0. Relative error 2e-7: half of it from the polynomial, of degree 5
 // and minimax on [-1/2, 1/2]. In attention a factor of scores takes in the logarithm of 2 for nothing, which saves a

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from hotloop.kernels.dispatch import Backend
 from hotloop.kernels.extension import extension
 from hotloop.kernels.workspace import workspace
 
+_C = extension()
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNBOUNDED = 1 << 30
 
@@ -21,7 +20,7 @@ def supports(q: Tensor, *_: object, **__: object) -> str | None:
         return f"runs on the CPU, q is on {q.device}"
     if q.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, q is {q.dtype}"
-    if extension() is None:
+    if _C is None:
         return "needs the compiled extension, which is missing: `hotloop doctor` says how to build it"
     return None
 
@@ -41,9 +40,10 @@ def forward(
     heads = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     lse = q.new_empty(heads, dtype=lse_dtype(q.dtype))
     call = _Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options, o, lse)
-    c, threads = _c(), torch.get_num_threads()
-    room = _room(c.attention_forward_workspace(call.problem, threads))
-    c.attention_forward(call.problem, call.numbers, room.data_ptr(), threads)
+    assert _C is not None
+    threads = torch.get_num_threads()
+    room = _room(_C.attention_forward_workspace(call.problem, threads))
+    _C.attention_forward(call.problem, call.numbers, room.data_ptr(), threads)
     return o, lse
 
 
@@ -72,9 +72,10 @@ def backward(
         x.data_ptr() if needed else 0 for x, needed in zip((dq, dk, dv, dalibi_slopes, dsinks), needs, strict=True)
     ]
     gradients = [*call.strided(do), _address(dlse), *results]
-    c, threads = _c(), torch.get_num_threads()
-    room = _room(c.attention_backward_workspace(call.problem, threads))
-    c.attention_backward(call.problem, gradients, call.numbers, room.data_ptr(), threads)
+    assert _C is not None
+    threads = torch.get_num_threads()
+    room = _room(_C.attention_backward_workspace(call.problem, threads))
+    _C.attention_backward(call.problem, gradients, call.numbers, room.data_ptr(), threads)
     if needs[3] and alibi_slopes is not None and alibi_slopes.dim() == 1:
         dalibi_slopes = dalibi_slopes.sum(0)
     return dq, dk, dv, dalibi_slopes, dsinks.sum(0) if needs[4] else dsinks
@@ -129,12 +130,6 @@ def _address(x: Tensor | None) -> int:
 
 def _room(size: int) -> Tensor:
     return workspace("attention.cpu", (size,), torch.uint8, torch.device("cpu"))
-
-
-def _c() -> Any:
-    found = extension()
-    assert found is not None
-    return found
 
 
 BACKEND = Backend("cpu", supports, forward, backward)
