@@ -8,7 +8,8 @@ struct BackwardScratch {
   float *k, *k_panels, *v;                    // of the task's keys: rows, panels by key block, rows
   float *dk, *dv;                             // (keys, Dp)
   float *q, *q_panels, *grad_o, *grad_panels;  // of all queries: transposed, panels by tile
-  float *dq, *lse, *delta;                    // (queries, Dp), (queries,), (queries,); lse of base 2, +inf: p is 0
+  float *dq, *delta;                          // (queries, Dp), (queries,)
+  float *lse, *shift;                         // (queries,): lse of base 2, the fraction and SHIFT - the whole part
   float *s, *ds;                              // a tile (BLOCK_K, TILE_Q): scores, then p; do v', then ds
   float* ds_units;                            // ds in units of keys (BLOCK_K / STEP, TILE_Q); floats: ds itself
   int64_t size = 0;
@@ -19,7 +20,7 @@ struct BackwardScratch {
     take(k, keys * D), take(v, keys * D), take(k_panels, keys * c.Dp);
     take(dk, keys * c.Dp), take(dv, keys * c.Dp);
     take(q, queries * D), take(grad_o, queries * D), take(q_panels, queries * c.Dp), take(grad_panels, queries * c.Dp);
-    take(dq, queries * c.Dp), take(lse, queries), take(delta, queries);
+    take(dq, queries * c.Dp), take(lse, queries), take(shift, queries), take(delta, queries);
     take(s, BLOCK_K * TILE_Q), take(ds, BLOCK_K * TILE_Q), take(ds_units, BLOCK_K * TILE_Q);
   }
 };
@@ -59,9 +60,10 @@ inline void store_tile(Bf16, float* tile, float* units, int64_t k, int64_t lane,
 template <class Dot, int V, bool PLAIN>
 float differentiate(const Scores& scores, const BackwardScratch& t, const Needs& needs, Range rows, int64_t key,
                     int64_t query, int64_t lane) {
-  vf lse[V], delta[V], alibi = {};
+  vf lse[V], shift[V], delta[V], alibi = {};
   for (int v = 0; v < V; ++v) {
     lse[v] = F32::load(t.lse + query + v * W);
+    shift[v] = F32::load(t.shift + query + v * W);
     delta[v] = F32::load(t.delta + query + v * W);
   }
   const float scale = scores.scale * LOG2_E;
@@ -75,7 +77,7 @@ float differentiate(const Scores& scores, const BackwardScratch& t, const Needs&
         const int64_t at = (k + r) * TILE_Q + lane + v * W;
         vf x = F32::load(t.s + at);
         if constexpr (PLAIN) {
-          p[r][v] = exp2(x * scale - lse[v]);
+          p[r][v] = exp2(x * scale - lse[v], shift[v]);
           if (needs.ds) ds[r][v] = p[r][v] * (F32::load(t.ds + at) - delta[v]);
         } else {
           const Place place(scores, query + v * W, key + k + r);
@@ -83,7 +85,7 @@ float differentiate(const Scores& scores, const BackwardScratch& t, const Needs&
           x = scores.softcap > 0 ? capped * scores.softcap : x * scores.scale;
           x -= scores.alibi_slope * place.magnitude();
           x = key + k + r < scores.nk ? select(place.hidden(scores), set(-INFINITY), x) : set(-INFINITY);
-          p[r][v] = exp2(x * LOG2_E - lse[v]);
+          p[r][v] = exp2(x * LOG2_E - lse[v], shift[v]);
           if (needs.ds) {
             vf dp = F32::load(t.ds + at);
             if (scores.dropped) dp *= keep[v][r];
@@ -196,7 +198,11 @@ struct BackwardTask {
                 *dlse = c.gradients.dlse ? reinterpret_cast<const float*>(c.gradients.dlse) + at : nullptr;
     for (int64_t j = 0; j < TILE_Q; ++j) {
       const bool seeing = j < rows.size() && lse[j] != -INFINITY;
-      t.lse[i + j] = seeing ? float(lse[j] * LOG2_E_EXACT) : INFINITY;
+      // What is subtracted from the scores is small, so that the difference is rounded finely.
+      const double of_base_2 = seeing ? lse[j] * LOG2_E_EXACT : INFINITY;
+      const double whole = std::abs(of_base_2) < 0x1p20 ? std::nearbyint(of_base_2) : 0;
+      t.lse[i + j] = float(of_base_2 - whole);
+      t.shift[i + j] = SHIFT - float(whole);
       t.delta[i + j] = 0;
       if (!seeing) continue;
       vf sum = {};

@@ -72,21 +72,21 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const Packed
     }
   }
   const float scale = scores.factor() * LOG2_E;
-  vf m[V], sum[V] = {};
+  vf m[V], l[V], sum[4][V] = {};
   for (int v = 0; v < V; ++v) {
     const vf before = F32::load(t.m + column + v * W), now = maximum(before, top[v]);
     F32::store(t.m + column + v * W, now);
     m[v] = select(now == -INFINITY, vf{}, now * scale);  // of queries that have seen nothing yet
     const vf factor = exp2(before * scale - m[v]);
     F32::store(t.factor + v * W, factor);
-    sum[v] = F32::load(t.l + column + v * W) * factor;
+    l[v] = F32::load(t.l + column + v * W) * factor;
   }
   for (int64_t k = rows.begin; k < rows.end; k += 4) {
     vf p[4][V];
     for (int r = 0; r < 4; ++r)
       for (int v = 0; v < V; ++v) {
         p[r][v] = exp2(F32::load(t.tile + (k + r) * LANES + v * W) * scale - m[v]);
-        sum[v] += p[r][v];
+        sum[r][v] += p[r][v];
       }
     if (scores.dropped)
       for (int v = 0; v < V; ++v) {
@@ -96,7 +96,8 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const Packed
       }
     store_p<V>(Dot(), t.tile, k, p);
   }
-  for (int v = 0; v < V; ++v) F32::store(t.l + column + v * W, sum[v]);
+  for (int v = 0; v < V; ++v)
+    F32::store(t.l + column + v * W, l[v] + ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
   const int64_t first = rows.begin / Dot::STEP;
   accumulate<Dot>({t.o + column * c.Dp, c.Dp, t.factor, fresh}, V * W, vectors(c.problem.D), {t.tile + first * LANES, 1, LANES},
                   {packed.v + key / Dot::STEP * c.Dp + first * W, BLOCK_K / Dot::STEP * W}, rows.size() / Dot::STEP);

@@ -28,14 +28,15 @@ struct Scores {
 constexpr double LOG2_E_EXACT = 0x1.71547652b82fep+0;
 constexpr float LOG2_E = float(LOG2_E_EXACT);
 
-// 2^x for x <= 126 and NaN; what is below 2^-126 is 0. Relative error 2e-7: half of it from the polynomial, of degree 5
-// and minimax on [-1/2, 1/2]. In attention a factor of scores takes in the logarithm of 2 for nothing, which saves a
-// third of the arithmetic of exp.
-inline vf exp2(vf x) {
-  x = maximum(x, set(-127));
-  // k + 127 is in the lowest bits of `shifted`; shifting all others out leaves 2^k.
-  constexpr float SHIFT = 0x1.8p23f + 127;
-  const vf shifted = x + SHIFT, k = shifted - SHIFT, r = x - k;
+constexpr float SHIFT = 0x1.8p23f + 127;  // added to a number: rounds it to an integer, 127 more in the lowest bits
+
+// 2^(x - n) for whole numbers n, where shift = SHIFT - n, and x - n <= 126; NaN for NaN; 0 where it is below 2^-126. The
+// relative error is 2e-7, half of it the polynomial's, of degree 5 and minimax on [-1/2, 1/2]. Of base 2, because a
+// factor of the scores takes in log2(e) at no cost: a third less arithmetic than exp.
+inline vf exp2(vf x, vf shift) {
+  x = maximum(x, 0x1.8p23f - shift);
+  // k - n + 127 is in the lowest bits of `shifted`; shifting all others out leaves 2^(k - n).
+  const vf shifted = x + shift, k = shifted - shift, r = x - k;
   vf y = set(0x1.5bba14p-10f);
   y = y * r + 0x1.3cea88p-7f;
   y = y * r + 0x1.c6b752p-5f;
@@ -44,6 +45,7 @@ inline vf exp2(vf x) {
   y = y * r + 1.0f;
   return y * bits<vf>(bits<vi>(shifted) << 23);
 }
+inline vf exp2(vf x) { return exp2(x, set(SHIFT)); }
 
 inline vi lane_numbers() {
   int32_t lanes[W];

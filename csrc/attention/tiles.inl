@@ -83,25 +83,21 @@ struct C {
   bool fresh;           // there is nothing in it yet
 };
 
-// C = factor * C + A B
+// C = factor * C + A B. The product is summed by itself and then added: one rounding to the size of C, not one for each
+// unit.
 template <class Dot, int V>
 void accumulate(C c, int64_t rows, A a, B b, int64_t units) {
   for (int64_t i = 0; i < rows; i += ROWS) {
-    vf sum[ROWS][V];
-    if (c.fresh) {
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[r][v] = vf{};
-    } else {
+    vf sum[ROWS][V] = {};
+    multiply<Dot, V>(sum, a.units + i * a.row, a.row, a.unit, b.units, b.panel, units);
+    if (!c.fresh) {
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
         const float factor = c.factor == nullptr ? 1 : c.factor[i + r];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[r][v] = F32::load(c.at + (i + r) * c.row + v * W) * factor;
+        for (int v = 0; v < V; ++v) sum[r][v] += F32::load(c.at + (i + r) * c.row + v * W) * factor;
       }
     }
-    multiply<Dot, V>(sum, a.units + i * a.row, a.row, a.unit, b.units, b.panel, units);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2

@@ -66,7 +66,9 @@ def backward(
     call = _Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options, o.contiguous(), lse)
     dq, dk, dv = (x.new_empty(x.shape if needed else 0) for x, needed in zip((q, k, v), needs[:3], strict=True))
     per_head = (call.segments, q.shape[-2])
-    dalibi_slopes, dsinks = (q.new_empty(per_head if needed else 0, dtype=lse.dtype) for needed in needs[3:])
+    dalibi_slopes, dsinks = (
+        q.new_empty(per_head, dtype=lse.dtype) if needed else q.new_empty(0) for needed in needs[3:]
+    )
     do, dlse = _unit_stride(do), None if dlse is None else dlse.contiguous()
     results = [
         x.data_ptr() if needed else 0 for x, needed in zip((dq, dk, dv, dalibi_slopes, dsinks), needs, strict=True)
