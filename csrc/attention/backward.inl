@@ -200,7 +200,7 @@ struct BackwardTask {
       const bool seeing = j < rows.size() && lse[j] != -INFINITY;
       // What is subtracted from the scores is small, so that the difference is rounded finely.
       const double of_base_2 = seeing ? lse[j] * LOG2_E_EXACT : INFINITY;
-      const double whole = std::abs(of_base_2) < 0x1p20 ? std::nearbyint(of_base_2) : 0;
+      const double whole = std::abs(of_base_2) < LARGE ? std::nearbyint(of_base_2) : 0;
       t.lse[i + j] = float(of_base_2 - whole);
       t.shift[i + j] = SHIFT - float(whole);
       t.delta[i + j] = 0;

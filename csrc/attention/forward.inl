@@ -1,18 +1,20 @@
 // The forward pass: a block of queries of one head goes through the keys that it sees, block by block, with the running
-// maximum m and sum l of each query. Dao, "FlashAttention-2: Faster attention with better parallelism and work
+// maximum and sum of each query. Dao, "FlashAttention-2: Faster attention with better parallelism and work
 // partitioning" (2023).
+
+constexpr float LARGE = 0x1p20f;  // scores of this size and above are not rounded as finely
 
 // Memory of one thread.
 struct ForwardScratch {
   float* q;             // panels of D / STEP units
-  float *o, *m, *l;     // (BLOCK_Q, Dp), (BLOCK_Q,), (BLOCK_Q,)
+  float *o, *n, *l;     // (BLOCK_Q, Dp), (BLOCK_Q,), (BLOCK_Q,): o and l are sums of 2^(score - n)
   float* tile;          // (BLOCK_K, LANES): scores; then probabilities, in units of keys (BLOCK_K / STEP, LANES)
   float factor[LANES];  // of o, where the maximum has grown
   int64_t size = 0;
 
   ForwardScratch(float* room, const Call& c) {
     const auto take = [&](float*& p, int64_t floats) { p = room + size, size += floats; };
-    take(q, BLOCK_Q * c.problem.D), take(o, BLOCK_Q * c.Dp), take(m, BLOCK_Q), take(l, BLOCK_Q);
+    take(q, BLOCK_Q * c.problem.D), take(o, BLOCK_Q * c.Dp), take(n, BLOCK_Q), take(l, BLOCK_Q);
     take(tile, BLOCK_K * LANES);
   }
 };
@@ -71,21 +73,39 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const Packed
       for (int64_t k = rows.begin; k < rows.end; ++k) top[v] = maximum(top[v], F32::load(t.tile + k * LANES + v * W));
     }
   }
-  const float scale = scores.factor() * LOG2_E;
-  vf m[V], l[V], sum[4][V] = {};
+  // Probabilities are relative to 2^n for a whole number n next to the greatest score, so that changing n rounds nothing.
+  float scale = scores.factor() * LOG2_E;
+  vf n[V], shift[V], least[V], l[V], sum[4][V] = {};
+  float largest = 0;
   for (int v = 0; v < V; ++v) {
-    const vf before = F32::load(t.m + column + v * W), now = maximum(before, top[v]);
-    F32::store(t.m + column + v * W, now);
-    m[v] = select(now == -INFINITY, vf{}, now * scale);  // of queries that have seen nothing yet
-    const vf factor = exp2(before * scale - m[v]);
+    const vf before = F32::load(t.n + column + v * W), x = top[v] * scale;
+    const vf now = maximum(before, select(magnitude_of(x) < LARGE, (x + ROUND) - ROUND, x));
+    F32::store(t.n + column + v * W, now);
+    n[v] = select(now == -INFINITY, vf{}, now);  // of queries that have seen nothing yet
+    largest = std::max(largest, max_of(magnitude_of(n[v])));
+    const vf factor = exp2(before - n[v]);
     F32::store(t.factor + v * W, factor);
     l[v] = F32::load(t.l + column + v * W) * factor;
+  }
+  if (largest >= LARGE) {  // SHIFT - n would not be exact
+    for (int64_t k = rows.begin; k < rows.end; ++k)
+      for (int v = 0; v < V; ++v) {
+        float* at = t.tile + k * LANES + v * W;
+        F32::store(at, F32::load(at) * scale - n[v]);
+      }
+    for (vf& x : n) x = vf{};
+    scale = 1;
+  }
+  for (int v = 0; v < V; ++v) {
+    shift[v] = SHIFT - n[v];
+    least[v] = (n[v] - 127.0f) / scale;
   }
   for (int64_t k = rows.begin; k < rows.end; k += 4) {
     vf p[4][V];
     for (int r = 0; r < 4; ++r)
       for (int v = 0; v < V; ++v) {
-        p[r][v] = exp2(F32::load(t.tile + (k + r) * LANES + v * W) * scale - m[v]);
+        const vf s = maximum(F32::load(t.tile + (k + r) * LANES + v * W), least[v]), shifted = s * scale + shift[v];
+        p[r][v] = exp2_of(s * scale - (shifted - shift[v]), shifted);
         sum[r][v] += p[r][v];
       }
     if (scores.dropped)
@@ -113,7 +133,7 @@ void store_row(typename S::type* out, const float* x, int64_t D, float factor) {
 
 // o and lse of the block from what has been summed.
 template <class S>
-void finish(const Call& c, const Task& task, const ForwardScratch& t, float factor /* of m */, bool seen) {
+void finish(const Call& c, const Task& task, const ForwardScratch& t, bool seen) {
   const Problem& p = c.problem;
   const Segment& s = *task.segment;
   float* lse = reinterpret_cast<float*>(p.lse) + c.lse_at(s, task.head);
@@ -126,14 +146,14 @@ void finish(const Call& c, const Task& task, const ForwardScratch& t, float fact
       std::memset(out, 0, p.D * sizeof *out);
       continue;
     }
-    const double m = double(t.m[i]) * factor, sum = t.l[i];
-    double total = m + std::log(sum), share = 1;  // of the keys, the rest is the sink's
+    const double sum = t.l[i];
+    double total = t.n[i] / LOG2_E_EXACT + std::log(sum), share = 1;  // of the keys, the rest is the sink's
     if (p.sinks) {
       const double more = reinterpret_cast<const float*>(p.sinks)[task.head] - total;
       share = 1 / (1 + std::exp(more));
       total += more > 0 ? more + std::log1p(std::exp(-more)) : std::log1p(std::exp(more));
     }
-    l = float(m == INFINITY ? m : total);
+    l = t.n[i] == INFINITY ? INFINITY : float(total);
     store_row<S>(out, t.o + i * c.Dp, p.D, float(share / sum));
   }
 }
@@ -148,7 +168,7 @@ void forward_task(const Call& c, const Task& task, const PackedKeys& packed, flo
   if (!keys.empty()) {
     pack_transposed<Dot, S>(t.q, round_up(n, W), c.problem.D,
                             rows_of<S>(c.problem.q, s, s.first_q, task.head, task.range));
-    for (int64_t i = 0; i < BLOCK_Q; ++i) t.m[i] = -INFINITY, t.l[i] = 0;
+    for (int64_t i = 0; i < BLOCK_Q; ++i) t.n[i] = -INFINITY, t.l[i] = 0;
   }
   bool fresh[BLOCK_Q / LANES];
   for (bool& f : fresh) f = true;
@@ -166,5 +186,5 @@ void forward_task(const Call& c, const Task& task, const PackedKeys& packed, flo
         attend<Dot, 1>(c, scores, t, packed, key, rows, queries.begin, column, edge, first);
       first = false;
     }
-  finish<S>(c, task, t, scores.factor(), !keys.empty());
+  finish<S>(c, task, t, !keys.empty());
 }

@@ -22,7 +22,7 @@ Kernels kernels_of() {
   };
 }
 
-Kernels kernels(DType dtype) {
+Kernels kernels([[maybe_unused]] DType dtype) {
 #ifdef HOTLOOP_BF16
   return kernels_of<Bf16, BF16>();
 #else

@@ -20,7 +20,7 @@ struct Scores {
     const Problem& p = c.problem;
     if (p.alibi_slopes) alibi_slope = reinterpret_cast<const float*>(p.alibi_slopes)[s.ordinal * p.alibi_batch + h];
     // A factor of 0 would make NaN of -inf, a negative one a minimum of the maximum.
-    shaped = softcap > 0 || p.alibi_slopes || !(scale > 0);
+    shaped = softcap > 0 || p.alibi_slopes || !(scale > 1e-30f);
   }
   float factor() const { return shaped ? 1 : scale; }  // of what is in a tile
 };
@@ -28,24 +28,31 @@ struct Scores {
 constexpr double LOG2_E_EXACT = 0x1.71547652b82fep+0;
 constexpr float LOG2_E = float(LOG2_E_EXACT);
 
-constexpr float SHIFT = 0x1.8p23f + 127;  // added to a number: rounds it to an integer, 127 more in the lowest bits
+// Powers of 2, because a factor of the scores takes in log2(e) at no cost: a third less arithmetic than exp. With a whole
+// number n and shift = SHIFT - n, x + shift is x rounded to a whole number k, and k - n + 127 in its lowest bits.
+constexpr float ROUND = 0x1.8p23f, SHIFT = ROUND + 127;
 
-// 2^(x - n) for whole numbers n, where shift = SHIFT - n, and x - n <= 126; NaN for NaN; 0 where it is below 2^-126. The
-// relative error is 2e-7, half of it the polynomial's, of degree 5 and minimax on [-1/2, 1/2]. Of base 2, because a
-// factor of the scores takes in log2(e) at no cost: a third less arithmetic than exp.
-inline vf exp2(vf x, vf shift) {
-  x = maximum(x, 0x1.8p23f - shift);
-  // k - n + 127 is in the lowest bits of `shifted`; shifting all others out leaves 2^(k - n).
-  const vf shifted = x + shift, k = shifted - shift, r = x - k;
+// 2^(k - n + r) for |r| <= 1/2; 0 where k - n is -127. The relative error is 2e-7, half of it the polynomial's, which is
+// minimax.
+inline vf exp2_of(vf r, vf shifted) {
   vf y = set(0x1.5bba14p-10f);
   y = y * r + 0x1.3cea88p-7f;
   y = y * r + 0x1.c6b752p-5f;
   y = y * r + 0x1.ebf9bcp-3f;
   y = y * r + 0x1.62e42ap-1f;
   y = y * r + 1.0f;
-  return y * bits<vf>(bits<vi>(shifted) << 23);
+  return y * bits<vf>(bits<vi>(shifted) << 23);  // all but k - n + 127 is shifted out
+}
+
+// 2^(x - n) for x - n <= 126, and NaN for NaN
+inline vf exp2(vf x, vf shift) {
+  x = maximum(x, ROUND - shift);
+  const vf shifted = x + shift;
+  return exp2_of(x - (shifted - shift), shifted);
 }
 inline vf exp2(vf x) { return exp2(x, set(SHIFT)); }
+
+inline vf magnitude_of(vf x) { return bits<vf>(bits<vi>(x) & 0x7fffffff); }
 
 inline vi lane_numbers() {
   int32_t lanes[W];

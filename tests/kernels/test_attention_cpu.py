@@ -95,26 +95,27 @@ def results(
     return {"o": o.detach(), "lse": lse.detach(), **dict(zip((f"d{n}" for n in inputs), gradients, strict=True))}
 
 
-def check(dtype: torch.dtype, shape: Shape, options: dict[str, Any]) -> None:
+def check(dtype: torch.dtype, shape: Shape, options: dict[str, Any], instruction_set: str = "") -> None:
+    factor = 2.0 if instruction_set == "baseline" else 1.25  # without fma each term is rounded twice, PyTorch's once
     truth = results(composed, dtype, torch.float64, shape, **options)
     same = results(composed, dtype, dtype, shape, **options)
     with use_backend("cpu"):
         ours = results(attention_with_lse, dtype, dtype, shape, **options)
     for name, x in ours.items():
-        assert_no_worse(x, same[name], truth[name], name=f"{name} {dtype} {shape} {options}", ulps=4)
+        assert_no_worse(x, same[name], truth[name], name=f"{name} {dtype} {shape} {options}", factor=factor, ulps=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_option(instruction_set: str, dtype: torch.dtype) -> None:
     for options in OPTIONS:
-        check(dtype, (2, 70, 150, 4, 2, 24), options)
+        check(dtype, (2, 70, 150, 4, 2, 24), options, instruction_set)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_kind_of_head_size(instruction_set: str, dtype: torch.dtype) -> None:
     """Less than a vector, vectors and a half, an odd number of them, the largest."""
     for D in (8, 16, 40, 80, 128, 512):
-        check(dtype, (1, 66, 131, 2, 1, D), {"causal": True})
+        check(dtype, (1, 66, 131, 2, 1, D), {"causal": True}, instruction_set)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (15, 17), (64, 64), (128, 129), (129, 300), (250, 700)], ids=str)
