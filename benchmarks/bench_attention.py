@@ -1,4 +1,4 @@
-"""Attention, dense and over packed documents, against scaled_dot_product_attention.
+"""Attention, dense and over packed documents, against scaled_dot_product_attention and flex_attention.
 
 python benchmarks/bench_attention.py --out benchmarks/results/attention
 """
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hotloop.kernels.attention import attention, attention_varlen
 from hotloop.kernels.attention.arguments import options_of
@@ -23,8 +24,12 @@ from harness.command import bench, ids, main
 from harness.measure import device
 
 EAGER = "torch SDPA"
-H, C = 6, 64  # heads, head dimension
-LENGTHS = (57, 301, 12, 128, 77, 449, 256, 30, 190, 260, 97, 191)  # documents of the packed case: 2,048 positions
+C = 64  # head dimension
+LENGTHS = (57, 301, 12, 128, 77, 449, 256, 30, 190, 260, 97, 191)  # documents of a packed case: 2,048 positions
+SHORT = (
+    9, 140, 61, 33, 75, 118, 20, 47, 101, 66, 88, 14, 52, 203, 39, 70, 27, 96, 58, 110, 43, 81, 16, 64, 125, 35, 72, 90,
+    49, 46,
+)  # fmt: skip
 
 
 def step(call: Callable[[Tensor, Tensor, Tensor], Tensor], mode: str, upstream: Tensor, *inputs: Tensor) -> Results:
@@ -43,10 +48,10 @@ def inputs_of(*shape: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Te
     return do, (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, T, H, C) in and out, causal without a mask."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    """(B, T, H, C) in and out; a mask says all there is to say."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None).transpose(1, 2)
 
 
 def in_fp64(
@@ -55,34 +60,62 @@ def in_fp64(
     return step(call, mode, do.double(), *(x.detach().double().requires_grad_() for x in qkv))
 
 
+def on_threads(threads: int | None, call: Callable[[], Results]) -> Callable[[], Results]:
+    """`call` with that many threads of PyTorch, for ours and for peers; None: as many as there are."""
+    if threads is None:
+        return call
+
+    def run() -> Results:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(before)
+
+    return run
+
+
 # --- dense ---
 
 
-def dense_providers(
-    B: int, T: int, dtype: torch.dtype, mode: str, everything: bool
-) -> dict[str, Callable[[], Provider]]:
-    do, qkv = inputs_of(B, T, H, C, dtype=dtype)
-    options = options_of(qkv[0], T, T, True, (None, None), None, None, 0.0)
-    arguments = (*qkv, None, None, None, None, options, False)
-    own = partial(step, lambda q, k, v: attention(q, k, v, causal=True), mode, do, *qkv)
-    found = by_backend(TABLE, arguments, own, reference=everything)
-    found[EAGER] = simple(partial(step, sdpa, mode, do, *qkv))
-    found["torch compile"] = simple(partial(step, torch.compile(sdpa), mode, do, *qkv))
-    return found
-
-
-def dense_case(B: int, T: int, dtype: torch.dtype, mode: str, everything: bool) -> Case:
+def dense_case(
+    B: int,
+    T: int,
+    dtype: torch.dtype,
+    mode: str,
+    everything: bool,
+    *,
+    H: int = 6,
+    causal: bool = True,
+    threads: int | None = None,
+) -> Case:
     products = 2 if mode == "forward" else 7  # q k', p v; then q k' again, do v', dq, dk, dv
+    peer = partial(sdpa, causal=causal)
+
+    def providers() -> dict[str, Callable[[], Provider]]:
+        do, qkv = inputs_of(B, T, H, C, dtype=dtype)
+
+        def run(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Results]:
+            return on_threads(threads, partial(step, call, mode, do, *qkv))
+
+        options = options_of(qkv[0], T, T, causal, (None, None), None, None, 0.0)
+        arguments = (*qkv, None, None, None, None, options, False)
+        own = run(lambda q, k, v: attention(q, k, v, causal=causal))
+        found = by_backend(TABLE, arguments, own, reference=everything)
+        found[EAGER] = simple(run(peer))
+        found["torch compile"] = simple(run(torch.compile(peer)))
+        return found
 
     def truth() -> Results:
-        return in_fp64(sdpa, mode, *inputs_of(B, T, H, C, dtype=dtype))
+        return in_fp64(peer, mode, *inputs_of(B, T, H, C, dtype=dtype))
 
+    config = {"B": B, "H": H, "D": C, "causal": causal, "dtype": str(dtype).removeprefix("torch.")}
     return Case(
         kernel_name="attention", mode=mode, x=("T", "context", T),
-        config={"B": B, "H": H, "D": C, "causal": True, "dtype": str(dtype).removeprefix("torch.")},
-        providers=lambda: dense_providers(B, T, dtype, mode, everything),
-        gate=no_worse_than(EAGER, truth, dtype),
-        work=products * 2 * B * H * C * (T * (T + 1) // 2), unit="FLOP", dtype=dtype,
+        config=config if threads is None else {**config, "threads": threads},
+        providers=providers, gate=no_worse_than(EAGER, truth, dtype),
+        work=products * 2 * B * H * C * (T * (T + 1) // 2 if causal else T * T), unit="FLOP", dtype=dtype,
     )  # fmt: skip
 
 
@@ -104,37 +137,66 @@ def each_document(lengths: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor) -> 
     return torch.cat(parts)
 
 
-def packed_providers(dtype: torch.dtype, mode: str, everything: bool) -> dict[str, Callable[[], Provider]]:
-    total, longest = sum(LENGTHS), max(LENGTHS)
-    do, qkv = inputs_of(total, H, C, dtype=dtype)
-    cu_seqlens = torch.tensor(boundaries(LENGTHS), dtype=torch.int32, device=device())
-    mask = document_mask(LENGTHS)
+def flex(lengths: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """PyTorch's compiled flex_attention, causal within each document."""
+    total = sum(lengths)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device())
 
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_varlen(q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest, causal=True)
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (document[i] == document[j]) & (i >= j)
 
-    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sdpa(q[None], k[None], v[None], mask)[0]
+    mask = create_block_mask(visible, None, None, total, total, device=device().type)
+    compiled = torch.compile(flex_attention)
 
-    options = options_of(qkv[0], longest, longest, True, (None, None), None, None, 0.0)
-    arguments = (*qkv, cu_seqlens, cu_seqlens, None, None, options, False)
-    found = by_backend(TABLE, arguments, partial(step, own, mode, do, *qkv), reference=everything)
-    found["torch SDPA, dense mask"] = simple(partial(step, masked, mode, do, *qkv))
-    found["torch SDPA, document by document"] = simple(partial(step, partial(each_document, LENGTHS), mode, do, *qkv))
-    return found
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return compiled(*(x.detach()[None].transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)[0]
+
+    return call
 
 
-def packed_case(dtype: torch.dtype, mode: str, everything: bool) -> Case:
-    pairs = sum(n * (n + 1) // 2 for n in LENGTHS)
+def packed_case(
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    mode: str,
+    everything: bool,
+    *,
+    H: int = 6,
+    threads: int | None = None,
+) -> Case:
+    pairs, total, longest = sum(n * (n + 1) // 2 for n in lengths), sum(lengths), max(lengths)
+    by_document = partial(each_document, lengths)
+
+    def providers() -> dict[str, Callable[[], Provider]]:
+        do, qkv = inputs_of(total, H, C, dtype=dtype)
+        cu_seqlens = torch.tensor(boundaries(lengths), dtype=torch.int32, device=device())
+        mask = document_mask(lengths)
+
+        def run(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Results]:
+            return on_threads(threads, partial(step, call, mode, do, *qkv))
+
+        def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention_varlen(q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest, causal=True)
+
+        def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sdpa(q[None], k[None], v[None], mask)[0]
+
+        options = options_of(qkv[0], longest, longest, True, (None, None), None, None, 0.0)
+        arguments = (*qkv, cu_seqlens, cu_seqlens, None, None, options, False)
+        found = by_backend(TABLE, arguments, run(own), reference=everything)
+        found["torch SDPA, dense mask"] = simple(run(masked))
+        found["torch SDPA, document by document"] = simple(run(by_document))
+        if mode == "forward":  # flex_attention has no backward on the CPU
+            found["torch compile, flex_attention"] = simple(run(flex(lengths)))
+        return found
 
     def truth() -> Results:
-        return in_fp64(partial(each_document, LENGTHS), mode, *inputs_of(sum(LENGTHS), H, C, dtype=dtype))
+        return in_fp64(by_document, mode, *inputs_of(total, H, C, dtype=dtype))
 
+    config = {"documents": len(lengths), "H": H, "D": C, "causal": True, "dtype": str(dtype).removeprefix("torch.")}
     return Case(
-        kernel_name="attention_varlen", mode=mode, x=("T", "positions", sum(LENGTHS)),
-        config={"documents": len(LENGTHS), "H": H, "D": C, "causal": True, "dtype": str(dtype).removeprefix("torch.")},
-        providers=lambda: packed_providers(dtype, mode, everything),
-        gate=no_worse_than("torch SDPA, document by document", truth, dtype),
+        kernel_name="attention_varlen", mode=mode, x=("T", "positions", total),
+        config=config if threads is None else {**config, "threads": threads},
+        providers=providers, gate=no_worse_than("torch SDPA, document by document", truth, dtype),
         work=(2 if mode == "forward" else 7) * 2 * H * C * pairs, unit="FLOP", dtype=dtype,
     )  # fmt: skip
 
@@ -145,7 +207,12 @@ def cases(everything: bool) -> Iterator[Case]:
         for mode in ("forward", "full"):
             for B, T in shapes:
                 yield dense_case(B, T, dtype, mode, everything)
-            yield packed_case(dtype, mode, everything)
+            yield packed_case(LENGTHS, dtype, mode, everything)
+            if everything:
+                for causal in (True, False):
+                    yield dense_case(2, 1024, dtype, mode, False, H=8, causal=causal, threads=1)
+                    yield dense_case(4, 2048, dtype, mode, False, H=8, causal=causal, threads=2)
+                yield packed_case(SHORT, dtype, mode, False, H=8, threads=1)
 
 
 SMALL = list(cases(False))

@@ -5,6 +5,7 @@
 
 namespace hotloop {
 
+void bind_attention(pybind11::module_& m);
 void bind_cross_entropy(pybind11::module_& m);
 void bind_optimizers(pybind11::module_& m);
 

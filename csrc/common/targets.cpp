@@ -10,7 +10,7 @@ InstructionSet best() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return InstructionSet::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? InstructionSet::avx512_bf16 : InstructionSet::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::avx2;
 #endif
   return InstructionSet::baseline;
@@ -28,7 +28,9 @@ void force_instruction_set(const std::string& name) {
   if (name == "baseline") asked = InstructionSet::baseline;
   else if (name == "avx2") asked = InstructionSet::avx2;
   else if (name == "avx512") asked = InstructionSet::avx512;
-  else if (!name.empty()) throw std::invalid_argument("instruction set '" + name + "': expected baseline, avx2 or avx512");
+  else if (name == "avx512_bf16") asked = InstructionSet::avx512_bf16;
+  else if (!name.empty())
+    throw std::invalid_argument("instruction set '" + name + "': expected baseline, avx2, avx512 or avx512_bf16");
   if (asked > has) throw std::invalid_argument("instruction set '" + name + "': this CPU lacks it");
   chosen = asked;
 }

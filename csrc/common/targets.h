@@ -24,12 +24,14 @@
 
 namespace hotloop {
 
-enum class InstructionSet { baseline, avx2, avx512 };
+// Each has what the ones before it have.
+enum class InstructionSet { baseline, avx2, avx512, avx512_bf16 };
 
 // The best that this CPU has, or the one that was forced.
 InstructionSet instruction_set();
 
-// "baseline", "avx2", "avx512", or "" for the best. Raises std::invalid_argument for one that this CPU lacks. For tests.
+// "baseline", "avx2", "avx512", "avx512_bf16", or "" for the best. Raises std::invalid_argument for one that this CPU
+// lacks. For tests.
 void force_instruction_set(const std::string& name);
 
 }  // namespace hotloop

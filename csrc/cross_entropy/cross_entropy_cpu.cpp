@@ -61,6 +61,7 @@ void over_rows(void (*kernel)(const Arguments&, int64_t, int64_t), const Argumen
 void cross_entropy_rows(const Rows& a, int threads) {
   switch (instruction_set()) {
 #if defined(__x86_64__)
+    case InstructionSet::avx512_bf16:
     case InstructionSet::avx512: return over_rows(avx512::rows_of, a, a.v, threads);
     case InstructionSet::avx2: return over_rows(avx2::rows_of, a, a.v, threads);
 #endif
@@ -71,6 +72,7 @@ void cross_entropy_rows(const Rows& a, int threads) {
 void cross_entropy_columns(const Columns& a, int threads) {
   switch (instruction_set()) {
 #if defined(__x86_64__)
+    case InstructionSet::avx512_bf16:
     case InstructionSet::avx512: return over_rows(avx512::columns_of, a, a.width, threads);
     case InstructionSet::avx2: return over_rows(avx2::columns_of, a, a.width, threads);
 #endif

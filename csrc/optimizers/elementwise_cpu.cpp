@@ -45,7 +45,7 @@ namespace {
 
 Kernels kernels() {
 #if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) return {avx512::update_blocks, avx512::chunk_sum};
+  if (instruction_set() >= InstructionSet::avx512) return {avx512::update_blocks, avx512::chunk_sum};
   if (instruction_set() == InstructionSet::avx2) return {avx2::update_blocks, avx2::chunk_sum};
 #endif
   return {baseline::update_blocks, baseline::chunk_sum};

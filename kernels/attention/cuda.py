@@ -1,7 +1,7 @@
 """Backend `cuda`: attention's forward on tensor cores, in CUDA C++ (csrc/attention/attention.cu).
 
-One launch serves dense and packed batches; the grid follows from shapes alone. There is no backward, so only calls that
-need no gradient are served.
+One launch serves dense and packed batches; the grid follows from shapes alone. Gradients are computed by the kernels of
+backend `triton`, from the same o and lse.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hotloop.kernels.attention import triton
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.cuda import Launch, supports_device
 from hotloop.kernels.dispatch import Backend
@@ -85,9 +86,13 @@ def supports(
         return f"scale {options.scale} and softcap {options.softcap}: takes {_SMALLEST} to {1 / _SMALLEST}"
     if max(q.shape[-3] * q.shape[-2], k.shape[-3]) >= _LARGEST:
         return f"positions times heads of q, and positions of k, must be below {_LARGEST}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "has no backward; it serves calls that need no gradient"
-    return supports_device(q.device) or _lacking(q.device.index)
+    lacking = supports_device(q.device) or _lacking(q.device.index)
+    if lacking is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        lacking = triton.supports(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, options, needs_dlse
+        )  # fmt: skip
+        lacking = None if lacking is None else f"gradients are computed by backend triton, which {lacking}"
+    return lacking
 
 
 @torch.compiler.assume_constant_result
@@ -179,4 +184,4 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
-BACKEND = Backend("cuda", supports, forward)
+BACKEND = Backend("cuda", supports, forward, triton.backward)

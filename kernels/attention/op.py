@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hotloop.kernels.attention import cuda, platform, reference, triton
+from hotloop.kernels.attention import cpu, cuda, platform, reference, triton
 from hotloop.kernels.attention.arguments import autocast, check_cu_seqlens, check_qkv, options_of, per_head, seed_tensor
 from hotloop.kernels.attention.options import Options, lse_dtype
 from hotloop.kernels.autograd import first_order
@@ -20,7 +20,7 @@ from hotloop.kernels.dispatch import Table
 
 UNBOUNDED = (None, None)
 
-TABLE = Table("attention", platform.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
+TABLE = Table("attention", cpu.BACKEND, platform.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
 
 # --- the ops ---
 

@@ -28,6 +28,7 @@ from hotloop.kernels.philox import philox_4x32_10
 from hotloop.kernels.testing import LAYOUTS, assert_no_worse, lay_out
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BACKENDS = ("cpu", "torch", "reference")
 SIZES = ((1, 1), (113, 203), (128, 217), (108, 256), (256, 512), (64, 1023))
 MASKS: tuple[dict[str, Any], ...] = (
     {},
@@ -220,9 +221,9 @@ def check_accuracy(
             if name in ("o", "dq"):
                 s = s.masked_fill(hidden[..., None], 0)
                 assert not a[hidden].any(), f"{name} of a row that sees no key is not 0"
-            if name in ("dq", "dk") and Tk <= 8:
+            if name in ("dq", "dk") and min(Tq, Tk) <= 8:
                 # ds = p * (do @ v - do @ o) may cancel, with one key entirely: rounding is relative to those two terms,
-                # and among few keys it is luck whose is smaller.
+                # and among few keys, or the lse of few queries, it is luck whose is smaller.
                 terms = (do.double().norm(dim=-1).amax() * v.double().norm(dim=-1).amax() * D**-0.5).expand(1)
                 a, s, t = (torch.cat([x.flatten(), terms.to(x.dtype)]) for x in (a, s, t))
                 t = torch.cat([t[:-1], s[-1:].double()])
@@ -250,7 +251,13 @@ def test_accuracy_at_listed_sizes(device: str, dtype: torch.dtype, size: tuple[i
 
 def served(device: str, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends to check; that PyTorch's kernel on CUDA refuses fp32 is in `test_choice_and_reasons`."""
-    return ("reference",) if device == "cuda" and dtype == torch.float32 else ("torch", "reference")
+    if device == "cpu":
+        return BACKENDS
+    return ("reference",) if dtype == torch.float32 else ("torch", "reference")
+
+
+def widest(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "cpu" else torch.float64
 
 
 @settings(max_examples=40, deadline=None)
@@ -295,13 +302,14 @@ LENGTHS = st.sampled_from([0, 1, 3, 8, 8, 17])
     tail=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     cross=st.booleans(),
     mask=st.sampled_from(MASKS),
-    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
-    backend=st.sampled_from(["torch", "reference"]),
+    wide=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
 )  # fmt: skip
 def test_packed_equals_its_documents_one_by_one(
-    lengths: list[tuple[int, int]], tail: tuple[int, int], cross: bool, mask: dict, dtype: torch.dtype, backend: str
+    lengths: list[tuple[int, int]], tail: tuple[int, int], cross: bool, mask: dict, wide: bool, backend: str
 ) -> None:
     """Also: rows past the last boundary give 0 and -inf, and zero gradients, whatever they hold."""
+    dtype = widest(backend) if wide else torch.bfloat16
     lengths_q = [a for a, _ in lengths]
     lengths_k = [b for _, b in lengths] if cross else lengths_q
     total_q, total_k = sum(lengths_q) + tail[0], sum(lengths_k) + (tail[1] if cross else tail[0])
@@ -326,7 +334,7 @@ def test_packed_equals_its_documents_one_by_one(
             expected[0][rows], expected[1][:, rows], expected[2][rows] = alone[0][0], alone[1][0], alone[2][0]
             expected[3][keys], expected[4][keys] = alone[3][0], alone[4][0]
             at_q, at_k = at_q + a, at_k + b
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for name, x, e in zip(("o", "lse", "dq", "dk", "dv"), packed, expected, strict=True):
         torch.testing.assert_close(x, e.to(x.dtype), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -334,7 +342,7 @@ def test_packed_equals_its_documents_one_by_one(
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e4])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_documents_are_isolated_bit_for_bit(
     device: str, backend: str, dtype: torch.dtype, causal: bool, poison: float
@@ -369,9 +377,11 @@ def test_documents_are_isolated_bit_for_bit(
             assert torch.equal(a[others], e[others]), f"{name} of other documents changed with document {changed}"
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_deterministic(device: str, backend: str) -> None:
+    if backend not in served(device, torch.bfloat16):
+        return
     q, k, v, do = (normal(300, 4, 64, seed=s, dtype=torch.bfloat16, device=device) for s in range(4))
     boundaries = cu(100, 37, 100, 63, device=device)
     with use_backend(backend):
@@ -399,11 +409,11 @@ def test_plan_of_a_training_batch() -> None:
 
 
 @pytest.mark.parametrize("Tk", [0, 3])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_and_fully_masked(backend: str, Tk: int) -> None:
     """Five causal queries of Tk keys: the first 5 - Tk see none. NaN upstream of them must not reach anything."""
-    q, do = normal(2, 5, 2, 8, seed=0), normal(2, 5, 2, 8, seed=1)
-    k, v = normal(2, Tk, 2, 8, seed=2), normal(2, Tk, 2, 8, seed=3)
+    q, do = (normal(2, 5, 2, 8, seed=s, dtype=widest(backend)) for s in (0, 1))
+    k, v = (normal(2, Tk, 2, 8, seed=s, dtype=widest(backend)) for s in (2, 3))
     hidden = 5 - Tk
     do[:, :hidden] = math.nan
     dlse = normal(2, 2, 5, seed=4)
@@ -550,7 +560,7 @@ def test_bad_boundaries() -> None:
         ({"cu_seqlens_q": good, "max_seqlen_q": -1}, "max_seqlen_q = -1"),
     ]
     for options, message in cases:
-        for name in ("torch", "reference"):
+        for name in BACKENDS:
             with use_backend(name), pytest.raises(ValueError, match=message):
                 attention_varlen(x, x, x, **options)
     with pytest.raises(ValueError, match="cross attention needs cu_seqlens_k"):

@@ -193,5 +193,5 @@ def test_other_devices_and_dtypes_are_refused():
 
 
 def test_an_instruction_set_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="expected baseline, avx2 or avx512"):
+    with pytest.raises(ValueError, match="expected baseline, avx2, avx512 or avx512_bf16"):
         _C.force_instruction_set("sse9")
