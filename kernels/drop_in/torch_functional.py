@@ -121,13 +121,17 @@ def scaled_dot_product_attention(
         Hq = H
     if H not in (1, Hq) and not enable_gqa:
         raise ValueError(f"query has {Hq} heads and key {H}: expected the same, or enable_gqa=True")
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    batch = query.shape[:-3]
+    if not batch == key.shape[:-3] == value.shape[:-3]:
+        batch = torch.broadcast_shapes(batch, key.shape[:-3], value.shape[:-3])
     B = math.prod(batch)
     scale = E**-0.5 if scale is None else scale
     query, key, value = pad_head_dim(query, key, value)
 
     def dense(x: Tensor, heads: int) -> Tensor:  # (B, T, heads, D)
         T, D = x.shape[-2:]
+        if x.shape == (B, heads, T, D):
+            return x.transpose(1, 2)
         return x.expand(*batch, heads, T, D).reshape(B, heads, T, D).transpose(1, 2)
 
     q, k, v = dense(query, Hq), dense(key, H), dense(value, H)
@@ -142,7 +146,8 @@ def scaled_dot_product_attention(
         o = attention(q, k, v, **options)
     dimensions = max(query.dim(), key.dim(), value.dim())
     o = o if o.shape[-1] == Ev else o[..., :Ev]
-    return o.transpose(1, 2).reshape((*batch, Hq, L, Ev)[-dimensions:])
+    o = o.transpose(1, 2)
+    return o if dimensions == 4 else o.reshape((*batch, Hq, L, Ev)[-dimensions:])
 
 
 def _heads(x: Tensor) -> int:

@@ -46,8 +46,8 @@ def mistral() -> nn.Module:  # a window
     return T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=4))
 
 
-def gemma2() -> nn.Module:  # softcap, layers with and without a window
-    options = {"sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.5}
+def gemma2() -> nn.Module:  # softcap, a scale of its own, layers with and without a window
+    options = {"sliding_window": 4, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 1.5}
     return T.Gemma2ForCausalLM(T.Gemma2Config(**GROUPED, **options))
 
 
