@@ -4,8 +4,8 @@
 
 For each seed one run with fp32 moments and one with int8 moments (stochastically rounded): the same weights at first,
 the same data. Reported are the held-out losses, their paired relative difference, and its 95 % interval (Student's t).
-At the demo's learning rate the runs of a pair end up to 7 % apart after 120 steps, in either direction: hence a third of
-it, twice the steps and a longer warm-up.
+At the demo's learning rate the runs of a pair end up to 7 % apart after 120 steps, in either direction: hence a third
+of it, twice the steps and a longer warm-up.
 """
 
 from __future__ import annotations

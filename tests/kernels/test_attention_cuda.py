@@ -484,11 +484,15 @@ def test_reasons():
     assert "scale 1.0 and softcap 1e+20: takes" in reason(q, k, v, scale=1.0, softcap=1e20)
     assert "below 1073741824" in reason(q.expand(1, 8, 2, 64)[:, :1].expand(1, 2**29, 2, 64), k, v)
     k.requires_grad_()
-    assert "no backward" in reason(q, k, v)
-    with torch.no_grad():
-        assert "serves cuda tensors, got cpu" in reason(q, k, v)
-    with use_backend("cuda"), pytest.raises(BackendError, match="no backward; it serves calls that need no gradient"):
+    assert reason(q, k, v) == "serves cuda tensors, got cpu"
+    with use_backend("cuda"), pytest.raises(BackendError, match="serves cuda tensors, got cpu"):
         attention(q, k, v)
+    with pytest.MonkeyPatch.context() as patch:  # as on a GPU, but for the backend that has the gradients
+        patch.setattr(cuda, "supports_device", lambda device: None)
+        patch.setattr(cuda, "_lacking", lambda index: None)
+        assert reason(q, k, v) == "gradients are computed by backend triton, which serves cuda tensors, got cpu"
+        with torch.no_grad():
+            assert reason(q, k, v) == "None"
 
 
 # --- compiled for every target ---
