@@ -135,7 +135,8 @@ struct BackwardTask {
     if (needs.dq) {
       const float* units = Dot::STEP > 1 ? t.ds_units : t.ds;
       const int64_t begin = rows.begin / Dot::STEP;
-      accumulate<Dot>({t.dq + query * Dp, Dp, nullptr, false}, V * W, vectors(D), {units + begin * TILE_Q + lane, 1, TILE_Q},
+      accumulate<Dot>({t.dq + query * Dp, Dp, nullptr, false}, V * W, vectors(D),
+                      {units + begin * TILE_Q + lane, 1, TILE_Q},
                       {t.k_panels + first * Dp / Dot::STEP + begin * W, KEY_PANEL}, rows.size() / Dot::STEP);
     }
     return alibi;
@@ -260,7 +261,8 @@ struct BackwardTask {
 
   // Rows of a contiguous result (positions, heads, D).
   template <class S>
-  void write(int64_t address, int64_t position, int64_t heads, int64_t head, int64_t rows, const float* x, float factor) {
+  void write(int64_t address, int64_t position, int64_t heads, int64_t head, int64_t rows, const float* x,
+             float factor) {
     auto* out = reinterpret_cast<typename S::type*>(address) + (position * heads + head) * D;
     for (int64_t i = 0; i < rows; ++i, out += heads * D, x += Dp) store_row<S>(out, x, D, factor);
   }

@@ -22,7 +22,8 @@ struct ForwardScratch {
 template <class S>
 auto rows_of(const Strided& x, const Segment& s, int64_t first, int64_t head, Range rows) {
   using T = typename S::type;
-  const T* at = reinterpret_cast<const T*>(x.address) + s.ordinal * x.batch + (first + rows.begin) * x.row + head * x.head;
+  const int64_t offset = s.ordinal * x.batch + (first + rows.begin) * x.row + head * x.head;
+  const T* at = reinterpret_cast<const T*>(x.address) + offset;
   return [at, row = x.row, n = rows.size()](int64_t i) { return i < n ? at + i * row : nullptr; };
 }
 
@@ -73,7 +74,7 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const Packed
       for (int64_t k = rows.begin; k < rows.end; ++k) top[v] = maximum(top[v], F32::load(t.tile + k * LANES + v * W));
     }
   }
-  // Probabilities are relative to 2^n for a whole number n next to the greatest score, so that changing n rounds nothing.
+  // Probabilities are relative to 2^n, n the whole number next to the greatest score: changing n rounds nothing.
   float scale = scores.factor() * LOG2_E;
   vf n[V], shift[V], least[V], l[V], sum[4][V] = {};
   float largest = 0;
@@ -119,7 +120,8 @@ void attend(const Call& c, const Scores& scores, ForwardScratch& t, const Packed
   for (int v = 0; v < V; ++v)
     F32::store(t.l + column + v * W, l[v] + ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
   const int64_t first = rows.begin / Dot::STEP;
-  accumulate<Dot>({t.o + column * c.Dp, c.Dp, t.factor, fresh}, V * W, vectors(c.problem.D), {t.tile + first * LANES, 1, LANES},
+  accumulate<Dot>({t.o + column * c.Dp, c.Dp, t.factor, fresh}, V * W, vectors(c.problem.D),
+                  {t.tile + first * LANES, 1, LANES},
                   {packed.v + key / Dot::STEP * c.Dp + first * W, BLOCK_K / Dot::STEP * W}, rows.size() / Dot::STEP);
 }
 
@@ -176,7 +178,8 @@ void forward_task(const Call& c, const Task& task, const PackedKeys& packed, flo
     for (int64_t column = 0; column < n; column += LANES) {
       const Range queries = {task.range.begin + column, smaller(task.range.begin + column + LANES, task.range.end)};
       const Range seen = s.keys(queries);
-      const Range rows = {larger(0, seen.begin - key) / GROUP * GROUP, round_up(smaller(BLOCK_K, seen.end - key), GROUP)};
+      const Range rows = {larger(0, seen.begin - key) / GROUP * GROUP,
+                          round_up(smaller(BLOCK_K, seen.end - key), GROUP)};
       if (rows.empty()) continue;
       const bool edge = !s.all_visible(queries, {key + rows.begin, key + rows.end});
       bool& first = fresh[column / LANES];

@@ -41,7 +41,8 @@ Call::Call(const Problem& p, const Numbers& n) : problem(p), gradients{}, number
     }
 
   const int64_t heads = larger(1, int64_t(segments.size()) * p.Hk), longest = round_up(larger(1, longest_k), BLOCK_K);
-  chunk = heads >= TASKS ? longest : smaller(longest, larger(SHORTEST_CHUNK, round_up(longest * heads / TASKS, BLOCK_K)));
+  chunk = larger(SHORTEST_CHUNK, round_up(longest * heads / TASKS, BLOCK_K));
+  chunk = heads >= TASKS ? longest : smaller(longest, chunk);
   for (const Segment& s : segments) {
     chunks = larger(chunks, chunks_of(s));
     for (int64_t hk = 0; hk < p.Hk; ++hk)

@@ -18,7 +18,8 @@ struct Scores {
         key{uint32_t(c.problem.seed), uint32_t(uint64_t(c.problem.seed) >> 32)}, head(uint32_t(h)),
         batch(uint32_t(s.ordinal)) {
     const Problem& p = c.problem;
-    if (p.alibi_slopes) alibi_slope = reinterpret_cast<const float*>(p.alibi_slopes)[s.ordinal * p.alibi_batch + h];
+    const auto* slopes = reinterpret_cast<const float*>(p.alibi_slopes);
+    if (slopes != nullptr) alibi_slope = slopes[s.ordinal * p.alibi_batch + h];
     // A factor of 0 would make NaN of -inf, a negative one a minimum of the maximum.
     shaped = softcap > 0 || p.alibi_slopes || !(scale > 1e-30f);
   }
@@ -28,12 +29,12 @@ struct Scores {
 constexpr double LOG2_E_EXACT = 0x1.71547652b82fep+0;
 constexpr float LOG2_E = float(LOG2_E_EXACT);
 
-// Powers of 2, because a factor of the scores takes in log2(e) at no cost: a third less arithmetic than exp. With a whole
-// number n and shift = SHIFT - n, x + shift is x rounded to a whole number k, and k - n + 127 in its lowest bits.
+// Powers of 2, because a factor of the scores takes in log2(e) at no cost: a third less arithmetic than exp. With a
+// whole number n and shift = SHIFT - n, x + shift is x rounded to a whole number k, and k - n + 127 in its lowest bits.
 constexpr float ROUND = 0x1.8p23f, SHIFT = ROUND + 127;
 
-// 2^(k - n + r) for |r| <= 1/2; 0 where k - n is -127. The relative error is 2e-7, half of it the polynomial's, which is
-// minimax.
+// 2^(k - n + r) for |r| <= 1/2; 0 where k - n is -127. The relative error is 2e-7, half of it the polynomial's, which
+// is minimax.
 inline vf exp2_of(vf r, vf shifted) {
   vf y = set(0x1.5bba14p-10f);
   y = y * r + 0x1.3cea88p-7f;
