@@ -220,7 +220,7 @@ def test_each_gradient_alone() -> None:
 
 
 def test_values_at_the_ends() -> None:
-    """Scores far apart, probabilities that vanish; NaN and infinities where they are in fp64, of queries that see them."""
+    """Scores far apart, probabilities that vanish; NaN and infinities as in fp64, in queries that see them."""
     q, k, v = (drawn(1, 80, 2, 16, seed=s) for s in (1, 2, 3))
     for factor in (1e-30, 1e-4, 1e2, 1e4):
         with use_backend("cpu"):
