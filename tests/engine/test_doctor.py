@@ -249,7 +249,7 @@ def test_doctor_fails_loudly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert Doctor(measure=False)() == 1
     text = capsys.readouterr().out
     assert re.search(r"\* planted +float32 +MISMATCH: error \S+ in o, tolerance 3e-05", text)
-    assert "6 of" in text.splitlines()[-1]
+    assert "8 of" in text.splitlines()[-1]
     assert "checks FAILED (attention by planted on cpu): do not train with these backends." in text
     assert Doctor(measure=False, json=True)() == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
