@@ -7,6 +7,8 @@ V = 50304 in chunks of 256, 512, 1024 and 2048 rows take 1.88, 1.74, 1.70 and 1.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 CHUNK_BYTES = 256 << 20
@@ -59,6 +61,74 @@ def block_rows(n: int, v: int, device_type: str) -> int:
 def capacity(n: int, max_valid: int) -> int:
     """Rows that are projected where `max_valid` of n bounds the valid ones."""
     return min(n, -(-max_valid // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
+
+
+class Tile(NamedTuple):
+    """Launch configuration of a kernel of the projection: elements of a tile along rows, vocabulary and width."""
+
+    rows: int
+    columns: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+class Projection(NamedTuple):
+    """Launch configurations of the kernels that project without keeping logits, on one architecture."""
+
+    results: Tile
+    dlogits: Tile
+    dinput: Tile
+    dweight: Tile
+
+
+PROJECTIONS = {
+    80: Projection(
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 128, 128, 8, 3)
+    ),
+    90: Projection(
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)
+    ),
+    100: Projection(
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)
+    ),
+    120: Projection(
+        Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 32, 128, 8, 3), Tile(32, 128, 128, 8, 3)
+    ),
+}
+"""By compute capability, of 16-bit inputs. Those of 120 are for 99 KiB of shared memory, which 86 and 89 have too."""
+WIDE_PROJECTION = Projection(
+    Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 64, 4, 2), Tile(32, 64, 64, 4, 2)
+)
+"""Of fp32 inputs."""
+GROUP = 16
+"""Tiles of rows that pass the vocabulary together: of 128 rows of 4,096 bf16 numbers 17 MB, which a second-level cache
+holds."""
+SPLITS = 32
+"""Parts of the vocabulary whose results are merged, at least where it has so many tiles."""
+PROGRAMS = 2048
+"""Splits are more where rows are few, so that about this many programs exist."""
+
+
+def projection(capability: int, dtype: torch.dtype) -> Projection:
+    """For a compute capability of 10 * major + minor."""
+    if dtype.itemsize > 2:
+        return WIDE_PROJECTION
+    if capability in (86, 89):
+        return PROJECTIONS[120]
+    return PROJECTIONS[max((known for known in PROJECTIONS if known <= capability), default=80)]
+
+
+def split_columns(n: int, v: int, tile: Tile) -> int:
+    """Columns of the vocabulary whose results of rows a program finds, a multiple of the tile's. It depends on nothing
+    but shapes and the tile: so do the order of sums and their bits."""
+    tiles, splits = -(-v // tile.columns), max(SPLITS, PROGRAMS // max(1, -(-n // tile.rows)))
+    return -(-tiles // splits) * tile.columns
+
+
+def tile_sum_bytes(n: int, d: int) -> int:
+    """Sums in fp32 of the gradient of n rows over tiles of the vocabulary."""
+    return 4 * n * d
 
 
 def _equal_parts(total: int, limit: int) -> int:
