@@ -28,17 +28,17 @@ CAPACITY_MULTIPLE = 1024
 
 def chunk_rows(n: int, v: int, dtype: torch.dtype) -> int:
     """Rows whose logits are computed at a time (at least one): equal chunks within `CHUNK_BYTES`."""
-    return _equal_parts(n, CHUNK_BYTES // (max(v, 1) * dtype.itemsize))
+    return _equal_parts(n, CHUNK_BYTES // (max(v, 1) * dtype.itemsize), MULTIPLE)
 
 
 def recompute_rows(n: int, v: int, d: int, dtype: torch.dtype) -> int:
     """Rows of logits at a time in the forward pass of `recompute`, whose room the backward pass keeps."""
-    return _equal_parts(n, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(v, 1) * dtype.itemsize))
+    return _equal_parts(n, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(v, 1) * dtype.itemsize), MULTIPLE)
 
 
 def tile_columns(n: int, v: int, d: int, dtype: torch.dtype) -> int:
     """Columns of the vocabulary whose gradient is computed at a time, for all rows."""
-    return _equal_parts(v, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(n, 1) * dtype.itemsize))
+    return _equal_parts(v, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(n, 1) * dtype.itemsize), MULTIPLE)
 
 
 def product_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -72,9 +72,16 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def half(self) -> Tile:
+        """For what needs more registers an element."""
+        return self._replace(columns=self.columns // 2)
+
 
 class Projection(NamedTuple):
-    """Launch configurations of the kernels that project without keeping logits, on one architecture."""
+    """Launch configurations of the kernels that project without keeping logits, on one architecture.
+
+    A tile of rows of `dlogits` holds whole ones of `dweight`, and one of columns whole ones of `dinput`.
+    """
 
     results: Tile
     dlogits: Tile
@@ -96,7 +103,8 @@ PROJECTIONS = {
         Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 32, 128, 8, 3), Tile(32, 128, 128, 8, 3)
     ),
 }
-"""By compute capability, of 16-bit inputs. Those of 120 are for 99 KiB of shared memory, which 86 and 89 have too."""
+"""By compute capability, of 16-bit inputs. Those of 120 are for 99 KiB of shared memory, which 86 and 89 have too. None
+spills registers. No size was measured on a GPU."""
 WIDE_PROJECTION = Projection(
     Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 64, 4, 2), Tile(32, 64, 64, 4, 2)
 )
@@ -108,6 +116,9 @@ SPLITS = 32
 """Parts of the vocabulary whose results are merged, at least where it has so many tiles."""
 PROGRAMS = 2048
 """Splits are more where rows are few, so that about this many programs exist."""
+LEAST_COLUMNS = 2048
+"""Of a tile of the vocabulary for the sum in fp32 of dinput, which each tile reads and writes: 0.75 operations a byte
+and column."""
 
 
 def projection(capability: int, dtype: torch.dtype) -> Projection:
@@ -126,14 +137,31 @@ def split_columns(n: int, v: int, tile: Tile) -> int:
     return -(-tiles // splits) * tile.columns
 
 
-def tile_sum_bytes(n: int, d: int) -> int:
-    """Sums in fp32 of the gradient of n rows over tiles of the vocabulary."""
-    return 4 * n * d
+def projected_columns(n: int, v: int, d: int, dtype: torch.dtype, tile: Tile) -> int:
+    """Columns of the vocabulary whose gradient is computed at a time, beside a sum of dinput in fp32."""
+    fit = max(0, RECOMPUTE_BYTES - 4 * n * d) // (max(n, 1) * dtype.itemsize)
+    return _equal_parts(v, max(LEAST_COLUMNS, fit), tile.columns)
 
 
-def _equal_parts(total: int, limit: int) -> int:
-    limit = max(MULTIPLE, limit // MULTIPLE * MULTIPLE)
+def projection_bytes(n: int, v: int, d: int, dtype: torch.dtype, dinput: bool, dweight: bool) -> int:
+    """What `recompute` without logits holds at its peak, without statistics and label smoothing: results of splits;
+    or the gradient of a tile, and sums."""
+    made = projection(90, dtype)
+    forward = 3 * 4 * n * -(-v // split_columns(n, v, made.results))
+    if not (dinput or dweight):
+        return forward
+    width = projected_columns(n, v, d, dtype, made.dlogits)
+    tile = padded(n, made.dlogits.rows) * padded(min(width, v), made.dlogits.columns) * dtype.itemsize
+    return max(forward, tile + (4 * n * d if dinput and width < v else 0))
+
+
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _equal_parts(total: int, limit: int, multiple: int) -> int:
+    limit = max(multiple, limit // multiple * multiple)
     if total <= limit:
         return max(total, 1)
     parts = -(-total // limit)
-    return -(-total // (parts * MULTIPLE)) * MULTIPLE
+    return -(-total // (parts * multiple)) * multiple

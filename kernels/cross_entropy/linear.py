@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.autograd import first_order
-from hotloop.kernels.cross_entropy import cpu, cuda, platform, reference, schedule, triton
+from hotloop.kernels.cross_entropy import cpu, cuda, platform, reference, schedule, triton, triton_projection
 from hotloop.kernels.cross_entropy.checks import (
     SCHEDULES,
     as_constant,
@@ -76,8 +76,8 @@ RECOMPUTE = Table(
     Backend(
         "triton",
         triton.supports,
-        partial(schedule.recompute_forward, _TRITON),
-        partial(schedule.recompute_backward, _TRITON),
+        triton_projection.recompute_forward,
+        triton_projection.recompute_backward,
     ),
     Backend("reference", lambda input, *_, **__: None, reference.linear_forward, reference.linear_backward),
 )

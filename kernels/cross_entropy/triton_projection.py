@@ -15,11 +15,14 @@ from torch import Tensor
 
 from hotloop.kernels.cross_entropy import config
 from hotloop.kernels.cross_entropy.config import Projection, Tile
-from hotloop.kernels.cross_entropy.contract import Coefficients, Gradients, Needs, Options, Rows, Upstream
-from hotloop.kernels.cross_entropy.contract import row_coefficients
+from hotloop.kernels.cross_entropy.contract import Gradients, Needs, Options, Rows, Upstream, row_coefficients
 from hotloop.kernels.cross_entropy.schedule import Selection
 
 MERGED_ROWS = 128
+BIAS_ROWS, BIAS_COLUMNS = 32, 64
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+"""Of products of fp32 matrices, by `torch.get_float32_matmul_precision()`. Tensor cores cut sums off where units for
+fp32 round them, so that three products of TF32 are no match for one of fp32."""
 
 
 class Order(NamedTuple):
@@ -59,17 +62,18 @@ def recompute_forward(
         return rows
     h, w, bias, target = dense_rows(input), dense_rows(linear_weight), dense(linear_bias), target.contiguous()
     weight, token_weight = dense(weight), dense(token_weight)
+    has_spread = options.label_smoothing > 0
     tile = tiles(input).results
+    tile = tile.half() if stats or has_spread else tile  # registers would spill
     span = config.split_columns(n, v, tile)
     splits = -(-v // span)
-    has_spread = options.label_smoothing > 0
     parts = torch.empty((3 + 2 * has_spread + stats, splits, n), dtype=torch.float32, device=h.device)
     firsts = torch.empty((splits, n), dtype=torch.int32, device=h.device) if stats else None
     results_kernel[(-(-n // tile.rows) * splits,)](
         h, h.stride(0), w, w.stride(0), bias, *order, target, weight, parts, firsts, n, v, d, span, splits,
         options.softcap or 1.0, options.logit_scale, HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None,
         HAS_SPREAD=has_spread, HAS_STATS=stats, HAS_SOFTCAP=options.softcap is not None,
-        IS_EVEN=d % tile.width == 0, **launch(tile, h),
+        IS_EVEN=d % tile.width == 0, **launch(tile),
     )  # fmt: skip
     merge_kernel[(-(-n // MERGED_ROWS),)](
         parts, firsts, *order, target, weight, token_weight, None if weight is None else weight.sum(), loss, nll, lse,
@@ -102,10 +106,13 @@ def recompute_backward(
     h, w, bias, target = dense_rows(input), dense_rows(linear_weight), dense(linear_bias), target.contiguous()
     weight, lse, entropy = dense(weight), lse.contiguous(), entropy.contiguous()
     made = tiles(input)
-    width = config.tile_columns(n, v, d, h.dtype)
+    project = made.dlogits
+    if factors.c is not None and factors.dentropy is not None:
+        project = project.half()  # registers would spill
+    width = config.projected_columns(n, v, d, h.dtype, made.dlogits)
     starts = range(0, v, width) if n else range(0)
-    dlogits = torch.empty(padded(n, made.dlogits.rows), padded(min(width, v), made.dlogits.columns), dtype=h.dtype,
-                          device=h.device)  # fmt: skip
+    shape = config.padded(n, project.rows), config.padded(min(width, v), made.dlogits.columns)
+    dlogits = torch.empty(shape, dtype=h.dtype, device=h.device)
     dinput = input.new_zeros(input.shape if needs.input else 0)
     dweight = (torch.empty if n else torch.zeros)((v, d) if needs.linear_weight else 0, dtype=h.dtype, device=h.device)
     dbias = (torch.empty if n else torch.zeros)(v if needs.linear_bias else 0, dtype=h.dtype, device=h.device)
@@ -113,29 +120,29 @@ def recompute_backward(
     for first in starts:
         part = slice(first, min(first + width, v))
         columns = part.stop - first
-        project = made.dlogits
         kernels.dlogits_kernel[(-(-n // project.rows) * -(-columns // project.columns),)](
             h, h.stride(0), w, w.stride(0), bias, *order, target, *factors, weight, lse, entropy, dlogits,
             dlogits.stride(0), first, part.stop, v, d, options.softcap or 1.0, options.logit_scale,
             HAS_BIAS=bias is not None, HAS_C=factors.c is not None, HAS_DENTROPY=factors.dentropy is not None,
             HAS_WEIGHT=weight is not None, HAS_SOFTCAP=options.softcap is not None, IS_EVEN=d % project.width == 0,
-            **launch(project, h),
+            **launch(project),
         )  # fmt: skip
         if needs.input:
             tile = made.dinput
             kernels.dinput_kernel[(-(-n // tile.rows) * -(-d // tile.width),)](
                 dlogits, dlogits.stride(0), w[part], w.stride(0), *order, sums, dinput, columns, d, HAS_SUM=first > 0,
-                IS_LAST=part.stop == v, **launch(tile, h),
+                IS_LAST=part.stop == v, **launch(tile),
             )  # fmt: skip
         if needs.linear_weight:
             tile = made.dweight
             kernels.dweight_kernel[(-(-columns // tile.columns) * -(-d // tile.width),)](
-                dlogits, dlogits.stride(0), h, h.stride(0), *order, dweight[part], columns, d, **launch(tile, h)
+                dlogits, dlogits.stride(0), h, h.stride(0), *order, dweight[part], columns, d, **launch(tile)
             )
         if needs.linear_bias:
-            kernels.dbias_kernel[(-(-columns // 64),)](
-                dlogits, dlogits.stride(0), order.count, dbias[part], columns, BLOCK=32, BLOCK_V=64, num_warps=4
-            )
+            kernels.dbias_kernel[(-(-columns // BIAS_COLUMNS),)](
+                dlogits, dlogits.stride(0), order.count, dbias[part], columns, BLOCK=BIAS_ROWS, BLOCK_V=BIAS_COLUMNS,
+                num_warps=4,
+            )  # fmt: skip
     return Gradients(dinput, dweight, dbias)
 
 
@@ -148,15 +155,16 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(tile: Tile, x: Tensor) -> dict[str, Any]:
+def launch(tile: Tile) -> dict[str, Any]:
     return {
-        "PRECISION": "ieee", "BLOCK": tile.rows, "BLOCK_V": tile.columns, "BLOCK_D": tile.width, "GROUP": config.GROUP,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
-
-
-def padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+        "PRECISION": PRECISIONS[torch.get_float32_matmul_precision()],
+        "BLOCK": tile.rows,
+        "BLOCK_V": tile.columns,
+        "BLOCK_D": tile.width,
+        "GROUP": config.GROUP,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 def dense_rows(x: Tensor) -> Tensor:

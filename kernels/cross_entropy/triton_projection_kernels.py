@@ -238,7 +238,9 @@ def merge_kernel(
         if HAS_SPREAD:
             their_weights = tl.load(part + 4 * field, mask=inside, other=0.0)
             spread += tl.load(part + 3 * field, mask=inside, other=0.0)
-            spread -= tl.where(weights > 0, weights * drop, 0.0) + tl.where(their_weights > 0, their_weights * their, 0.0)
+            spread -= tl.where(weights > 0, weights * drop, 0.0) + tl.where(
+                their_weights > 0, their_weights * their, 0.0
+            )
             weights += their_weights
         total = tl.exp(drop) * total + tl.exp(their) * others
         m = new
