@@ -78,10 +78,8 @@ class Tile(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Launch configurations of the kernels that project without keeping logits, on one architecture.
-
-    A tile of rows of `dlogits` holds whole ones of `dweight`, and one of columns whole ones of `dinput`.
-    """
+    """Launch configurations of the projection's kernels on one architecture. Half a tile of columns of `dlogits` holds
+    whole ones of `dinput`."""
 
     results: Tile
     dlogits: Tile

@@ -132,6 +132,7 @@ def rows_kernel(
     out_stride,
     dloss,  # (N,) fp32, or (1,) with dloss_stride 0
     dloss_stride,
+    count_pointer,  # () int64, where HAS_COUNT: rows from this one on are left alone
     V,
     ignore_index,
     label_smoothing,
@@ -147,10 +148,13 @@ def rows_kernel(
     HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid N."""
     row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNT and row >= tl.load(count_pointer):
+        return
     target = tl.load(target_pointer + row)
     begin = row * logits_stride
     end = begin + V
