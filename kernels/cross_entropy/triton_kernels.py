@@ -215,7 +215,7 @@ def rows_kernel(
         tl.store(lse + row, row_lse)
         if HAS_STATS:
             tl.store(entropy + row, log_total - product / total)
-            tl.store(predicted + row, tl.minimum(tl.where(first < 0, 2147483647, first), first_nan).to(tl.int64))
+            tl.store(predicted + row, tl.where(nan > 0, first_nan, first).to(tl.int64))
     if HAS_GRADIENT:
         drow = tl.load(dloss + row * dloss_stride) * share
         b = drow * (1.0 - label_smoothing) * w

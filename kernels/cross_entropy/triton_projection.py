@@ -104,11 +104,11 @@ def one_pass(
         part_weight = None if token_weight is None else token_weight[chunk]
         triton.run_rows(part, t[chunk], weight, part_weight, options, wanted, part, dloss[chunk], here)
         if needs.input:
-            run_dinput(made.dinput, part, w, rows, here, None, dinput, has_sum=False, is_last=True)
+            run_dinput(made.dinput, logits, w, rows, here, None, dinput, has_sum=False, is_last=True)
         if needs.linear_weight:
-            run_dweight(made.dweight, part, h, rows, here, sums, dweight, has_sum=start > 0, is_last=chunk.stop == n)
+            run_dweight(made.dweight, logits, h, rows, here, sums, dweight, has_sum=start > 0, is_last=chunk.stop == n)
         if needs.linear_bias:
-            run_dbias(part, here, dbias, has_sum=start > 0)
+            run_dbias(logits, here, dbias, has_sum=start > 0)
 
     gradients = Gradients(dinput, dweight, dbias.to(saved))
     if late_scale:
@@ -191,14 +191,13 @@ def recompute_backward(
     width = config.projected_columns(n, v, d, h.dtype, made.dlogits)
     starts = range(0, v, width) if n else range(0)
     room = config.padded(n, tile.rows), config.padded(min(width, v), made.dlogits.columns)
-    tiled = torch.empty(room, dtype=h.dtype, device=h.device)
+    dlogits = torch.empty(room, dtype=h.dtype, device=h.device)
     dinput = h.new_zeros(input.shape if needs.input else 0)
     dweight = (torch.empty if n else torch.zeros)((v, d) if needs.linear_weight else 0, dtype=h.dtype, device=h.device)
     dbias = h.new_zeros(v if needs.linear_bias else 0, dtype=torch.float32)
     sums = torch.empty((n, d) if needs.input and len(starts) > 1 else 0, dtype=torch.float32, device=h.device)
     for first in starts:
         part = slice(first, min(first + width, v))
-        dlogits = tiled[:n, : part.stop - first]
         dlogits_kernel[(programs(n, tile.rows, part.stop - first, tile.columns),)](
             h, h.stride(0), w, w.stride(0), bias, index, count, target, *factors, weight, lse, entropy, dlogits,
             dlogits.stride(0), first, part.stop, v, d, options.softcap or 1.0, options.logit_scale,
@@ -218,7 +217,7 @@ def recompute_backward(
 
 def run_dinput(
     tile: Tile,
-    dlogits: Tensor,  # (n, width)
+    dlogits: Tensor,  # (n, width), rounded up to whole tiles
     w: Tensor,  # (width, D)
     index: Tensor,  # (n,)
     count: Tensor,  # ()
@@ -230,7 +229,7 @@ def run_dinput(
 ) -> None:
     from hotloop.kernels.cross_entropy.triton_gradient_kernels import dinput_kernel
 
-    (n, width), d = dlogits.shape, w.shape[1]
+    n, (width, d) = index.shape[0], w.shape
     dinput_kernel[(programs(n, tile.rows, d, tile.width),)](
         dlogits, dlogits.stride(0), w, w.stride(0), index, count, sums, dinput, width, d, HAS_SUM=has_sum,
         IS_LAST=is_last, **launch(tile),
@@ -239,7 +238,7 @@ def run_dinput(
 
 def run_dweight(
     tile: Tile,
-    dlogits: Tensor,  # (n, width)
+    dlogits: Tensor,  # (n, width), rounded up to whole tiles
     h: Tensor,  # (N, D)
     index: Tensor,  # (n,)
     count: Tensor,  # ()
@@ -259,7 +258,7 @@ def run_dweight(
 
 
 def run_dbias(
-    dlogits: Tensor,  # (n, width)
+    dlogits: Tensor,  # (n, width), rounded up to whole tiles
     count: Tensor,  # ()
     dbias: Tensor,  # (width,) fp32
     *,
