@@ -7,6 +7,8 @@ V = 50304 in chunks of 256, 512, 1024 and 2048 rows take 1.88, 1.74, 1.70 and 1.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 CHUNK_BYTES = 256 << 20
@@ -26,17 +28,17 @@ CAPACITY_MULTIPLE = 1024
 
 def chunk_rows(n: int, v: int, dtype: torch.dtype) -> int:
     """Rows whose logits are computed at a time (at least one): equal chunks within `CHUNK_BYTES`."""
-    return _equal_parts(n, CHUNK_BYTES // (max(v, 1) * dtype.itemsize))
+    return _equal_parts(n, CHUNK_BYTES // (max(v, 1) * dtype.itemsize), MULTIPLE)
 
 
 def recompute_rows(n: int, v: int, d: int, dtype: torch.dtype) -> int:
     """Rows of logits at a time in the forward pass of `recompute`, whose room the backward pass keeps."""
-    return _equal_parts(n, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(v, 1) * dtype.itemsize))
+    return _equal_parts(n, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(v, 1) * dtype.itemsize), MULTIPLE)
 
 
 def tile_columns(n: int, v: int, d: int, dtype: torch.dtype) -> int:
     """Columns of the vocabulary whose gradient is computed at a time, for all rows."""
-    return _equal_parts(v, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(n, 1) * dtype.itemsize))
+    return _equal_parts(v, max(0, RECOMPUTE_BYTES - sum_bytes(n, d, dtype)) // (max(n, 1) * dtype.itemsize), MULTIPLE)
 
 
 def product_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -65,9 +67,103 @@ def capacity(n: int, max_valid: int) -> int:
     return min(n, -(-max_valid // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
 
 
-def _equal_parts(total: int, limit: int) -> int:
-    limit = max(MULTIPLE, limit // MULTIPLE * MULTIPLE)
+class Tile(NamedTuple):
+    """Launch configuration of a kernel of the projection: elements of a tile along rows, vocabulary and width."""
+
+    rows: int
+    columns: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+    def half(self) -> Tile:
+        """For what needs more registers an element."""
+        return self._replace(columns=self.columns // 2)
+
+
+class Projection(NamedTuple):
+    """Launch configurations of the projection's kernels on one architecture. Half a tile of columns of `dlogits` holds
+    whole ones of `dinput`."""
+
+    results: Tile
+    dlogits: Tile
+    dinput: Tile
+    dweight: Tile
+
+
+PROJECTIONS = {
+    80: Projection(
+        Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 128, 128, 8, 3)
+    ),
+    90: Projection(
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)
+    ),
+    100: Projection(
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)
+    ),
+    120: Projection(
+        Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 32, 128, 8, 3), Tile(32, 128, 128, 8, 3)
+    ),
+}
+"""By compute capability, of 16-bit inputs. Those of 120 are for 99 KiB of shared memory, which 86 and 89 have too. None
+spills registers. No size was measured on a GPU."""
+WIDE_PROJECTION = Projection(
+    Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 64, 4, 2), Tile(32, 64, 64, 4, 2)
+)
+"""Of fp32 inputs."""
+GROUP = 16
+"""Tiles of rows that pass the vocabulary together: of 128 rows of 4,096 bf16 numbers 17 MB, which a second-level cache
+holds."""
+SPLITS = 32
+"""Parts of the vocabulary whose results are merged, at least where it has so many tiles."""
+PROGRAMS = 2048
+"""Splits are more where rows are few, so that about this many programs exist."""
+LEAST_COLUMNS = 2048
+"""Of a tile of the vocabulary for the sum in fp32 of dinput, which each tile reads and writes: 0.75 operations a byte
+and column."""
+
+
+def projection(capability: int, dtype: torch.dtype) -> Projection:
+    """For a compute capability of 10 * major + minor."""
+    if dtype.itemsize > 2:
+        return WIDE_PROJECTION
+    if capability in (86, 89):
+        return PROJECTIONS[120]
+    return PROJECTIONS[max((known for known in PROJECTIONS if known <= capability), default=80)]
+
+
+def split_columns(n: int, v: int, tile: Tile) -> int:
+    """Columns of the vocabulary whose results of rows a program finds, a multiple of the tile's. It depends on nothing
+    but shapes and the tile: so do the order of sums and their bits."""
+    tiles, splits = -(-v // tile.columns), max(SPLITS, PROGRAMS // max(1, -(-n // tile.rows)))
+    return -(-tiles // splits) * tile.columns
+
+
+def projected_columns(n: int, v: int, d: int, dtype: torch.dtype, tile: Tile) -> int:
+    """Columns of the vocabulary whose gradient is computed at a time, beside a sum of dinput in fp32."""
+    fit = max(0, RECOMPUTE_BYTES - 4 * n * d) // (max(n, 1) * dtype.itemsize)
+    return _equal_parts(v, max(LEAST_COLUMNS, fit), tile.columns)
+
+
+def projection_bytes(n: int, v: int, d: int, dtype: torch.dtype, dinput: bool, dweight: bool) -> int:
+    """What `recompute` without logits holds at its peak, without statistics and label smoothing: results of splits;
+    or the gradient of a tile, and sums."""
+    made = projection(90, dtype)
+    forward = 3 * 4 * n * -(-v // split_columns(n, v, made.results))
+    if not (dinput or dweight):
+        return forward
+    width = projected_columns(n, v, d, dtype, made.dlogits)
+    tile = padded(n, made.dlogits.rows) * padded(min(width, v), made.dlogits.columns) * dtype.itemsize
+    return max(forward, tile + (4 * n * d if dinput and width < v else 0))
+
+
+def padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _equal_parts(total: int, limit: int, multiple: int) -> int:
+    limit = max(multiple, limit // multiple * multiple)
     if total <= limit:
         return max(total, 1)
     parts = -(-total // limit)
-    return -(-total // (parts * MULTIPLE)) * MULTIPLE
+    return -(-total // (parts * multiple)) * multiple

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.autograd import first_order
-from hotloop.kernels.cross_entropy import cpu, cuda, platform, reference, schedule, triton
+from hotloop.kernels.cross_entropy import cpu, cuda, platform, reference, schedule, triton, triton_projection
 from hotloop.kernels.cross_entropy.checks import (
     SCHEDULES,
     as_constant,
@@ -49,13 +49,13 @@ def _kernels(of: Any) -> schedule.RowKernels:
     return schedule.RowKernels(of.rows_forward, of.rows_forward_backward_, of.columns_backward_)
 
 
-_CPU, _TORCH, _CUDA, _TRITON = map(_kernels, (cpu.KERNELS, platform, cuda.KERNELS, triton.KERNELS))
+_CPU, _TORCH, _CUDA = map(_kernels, (cpu.KERNELS, platform, cuda.KERNELS))
 ONE_PASS = Table(
     "linear_cross_entropy.one_pass",
     Backend("cpu", cpu.supports, partial(schedule.one_pass, _CPU)),
     Backend("torch", lambda input, *_, **__: None, partial(schedule.one_pass, _TORCH)),
     Backend("cuda", cuda.supports, partial(schedule.one_pass, _CUDA)),
-    Backend("triton", triton.supports, partial(schedule.one_pass, _TRITON)),
+    Backend("triton", triton.supports, triton_projection.one_pass),
     Backend("reference", lambda input, *_, **__: None, reference.linear_one_pass),
 )
 RECOMPUTE = Table(
@@ -76,8 +76,8 @@ RECOMPUTE = Table(
     Backend(
         "triton",
         triton.supports,
-        partial(schedule.recompute_forward, _TRITON),
-        partial(schedule.recompute_backward, _TRITON),
+        triton_projection.recompute_forward,
+        triton_projection.recompute_backward,
     ),
     Backend("reference", lambda input, *_, **__: None, reference.linear_forward, reference.linear_backward),
 )
@@ -314,11 +314,13 @@ def linear_cross_entropy(
 
     max_valid: a bound on the number of targets that aren't `ignore_index`, known to the host. On a GPU only so many
     rows (rounded up to 1,024) are projected, without reading anything back. More valid targets give a NaN loss. On a
-    CPU ignored rows are never projected and the bound is only checked.
+    CPU ignored rows are never projected and the bound is only checked. Without it a GPU projects all rows, but for the
+    backend "triton", whose own products do the work of the rows that have a target and of no others.
 
     schedule: "one_pass" computes loss and gradients together, and only for a scalar loss; its backward pass scales the
     gradients in place, so going through it twice is an error unless retain_graph=True was given the first time.
-    "recompute" computes logits again in the backward pass. "auto": "one_pass" for "mean" and "sum".
+    "recompute" computes logits again in the backward pass, and on the backend "triton" keeps none in the forward pass.
+    "auto": "one_pass" for "mean" and "sum".
 
     A vocabulary that is padded for speed is passed as linear_weight[:vocab]. Gradients that nobody requires are not
     computed; under torch.no_grad() none is. Gradients: `input`, `linear_weight`, `linear_bias`. Raises as

@@ -10,6 +10,7 @@ from torch import Tensor
 from hotloop.kernels.cross_entropy import config, gemm
 from hotloop.kernels.cross_entropy.checks import SCHEDULES
 from hotloop.kernels.cross_entropy.contract import gradient_dtype
+from hotloop.kernels.dispatch import forced_backend
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def linear_cross_entropy_plan(
     for a CPU, where sums of 16-bit products may need no room).
 
     Without gradients required of `input` and `linear_weight` the plan is that of a call that computes none. On a CPU
-    rows whose targets are ignored are left out, which the plan cannot know: it is for all rows, or `max_valid`.
+    rows whose targets are ignored are left out, which the plan cannot know: it is for all rows, or `max_valid`. Where
+    the backend "triton" is forced it is for that one, of the kind "sm_90", without statistics and label smoothing.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r}: expected one of {', '.join(map(repr, SCHEDULES))}")
@@ -87,6 +89,11 @@ def linear_cross_entropy_plan(
         tile = projected * min(width, v) * item
         sums = config.sum_bytes(projected, d, dtype, direct=direct) if input.requires_grad and width < v else 0
         recompute = max(recompute, tile + copied) + sums
+    if forced_backend() == "triton":
+        recompute = config.projection_bytes(projected, v, d, dtype, input.requires_grad, linear_weight.requires_grad)
+        width = config.projected_columns(projected, v, d, dtype, config.projection(90, dtype).dlogits)
+        if not (input.requires_grad or linear_weight.requires_grad):
+            one_pass = recompute
     return Plan(
         tokens=n, projected=projected, vocabulary=v, width=d, dtype=dtype,
         schedule=schedule if schedule != "auto" else "recompute" if reduction == "none" else "one_pass",

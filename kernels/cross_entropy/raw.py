@@ -105,7 +105,7 @@ class RawRows:
         entropy: Tensor,  # (N,); (0,) where factors.dentropy is None
         options: Options,
     ) -> None:
-        self._refuse_others(logits)
+        self.refuse_others(logits)
         if logits.numel():
             self._columns(
                 logits, first, target.contiguous(), factors.dense(), _dense(weight),
@@ -147,14 +147,14 @@ class RawRows:
         out: Tensor | None,
         dloss: Tensor | None,
     ) -> None:
-        self._refuse_others(logits)
+        self.refuse_others(logits)
         if logits.shape[0]:
             self._rows(
                 _by_rows(logits), target.contiguous(), _dense(weight), _dense(token_weight), options, results, out,
                 None if dloss is None else dloss.float(),
             )  # fmt: skip
 
-    def _refuse_others(self, logits: Tensor) -> None:
+    def refuse_others(self, logits: Tensor) -> None:
         """The operators take a backend's name from anyone, and what follows reads memory by its address."""
         reason = self.supports(logits)
         if reason is not None:

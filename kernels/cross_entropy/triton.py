@@ -25,7 +25,7 @@ def supports(input: Tensor, *_: object, **__: object) -> str | None:
     return None
 
 
-def _rows(
+def run_rows(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -34,6 +34,7 @@ def _rows(
     results: Results,
     out: Tensor | None,
     dloss: Tensor | None,
+    count: Tensor | None = None,  # () int64 on the device: rows from this one on are left alone
 ) -> None:
     from hotloop.kernels.cross_entropy.triton_kernels import rows_kernel
 
@@ -41,12 +42,13 @@ def _rows(
     block, warps = _shape(v)
     rows_kernel[(n,)](
         logits, logits.stride(0), target, weight, token_weight, None if weight is None else weight.sum(), *results,
-        out, 0 if out is None else out.stride(0), dloss, 0 if dloss is None else dloss.stride(0), v,
+        out, 0 if out is None else out.stride(0), dloss, 0 if dloss is None else dloss.stride(0), count, v,
         options.ignore_index, options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale,
         HAS_RESULTS=results[0] is not None, HAS_STATS=results[-1] is not None, HAS_GRADIENT=out is not None,
         IS_ALIKE=out is not None and out.stride(0) == logits.stride(0), HAS_WEIGHT=weight is not None,
         HAS_TOKEN_WEIGHT=token_weight is not None, HAS_SMOOTHING=options.label_smoothing > 0,
-        HAS_Z_LOSS=options.z_loss != 0, HAS_SOFTCAP=options.softcap is not None, BLOCK=block, num_warps=warps,
+        HAS_Z_LOSS=options.z_loss != 0, HAS_SOFTCAP=options.softcap is not None, HAS_COUNT=count is not None,
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -78,4 +80,4 @@ def _shape(width: int) -> tuple[int, int]:
     return block, max(1, block // (32 * THREADS_WORTH))
 
 
-KERNELS = RawRows("triton", supports, _rows, _columns)
+KERNELS = RawRows("triton", supports, run_rows, _columns)

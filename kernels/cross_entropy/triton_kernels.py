@@ -118,6 +118,7 @@ def rows_kernel(
     out_stride,
     dloss,  # (N,) fp32, or (1,) with dloss_stride 0
     dloss_stride,
+    count_pointer,  # () int64, where HAS_COUNT: rows from this one on are left alone
     V,
     ignore_index,
     label_smoothing,
@@ -133,10 +134,13 @@ def rows_kernel(
     HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid N."""
     row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNT and row >= tl.load(count_pointer):
+        return
     target = tl.load(target_pointer + row)
     begin = row * logits_stride
     end = begin + V
@@ -197,7 +201,7 @@ def rows_kernel(
         tl.store(lse + row, row_lse)
         if HAS_STATS:
             tl.store(entropy + row, log_total - product / total)
-            tl.store(predicted + row, tl.minimum(tl.where(first < 0, 2147483647, first), first_nan).to(tl.int64))
+            tl.store(predicted + row, tl.where(nan > 0, first_nan, first).to(tl.int64))
     if HAS_GRADIENT:
         drow = tl.load(dloss + row * dloss_stride) * share
         b = drow * (1.0 - label_smoothing) * w
