@@ -1,6 +1,8 @@
 """Attention, dense and over packed documents, against scaled_dot_product_attention and flex_attention.
 
 python benchmarks/bench_attention.py --out benchmarks/results/attention
+
+OMP_NUM_THREADS=1 shows the kernels without the threads.
 """
 
 from __future__ import annotations
@@ -60,22 +62,6 @@ def in_fp64(
     return step(call, mode, do.double(), *(x.detach().double().requires_grad_() for x in qkv))
 
 
-def on_threads(threads: int | None, call: Callable[[], Results]) -> Callable[[], Results]:
-    """`call` with that many threads of PyTorch, for ours and for peers; None: as many as there are."""
-    if threads is None:
-        return call
-
-    def run() -> Results:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return call()
-        finally:
-            torch.set_num_threads(before)
-
-    return run
-
-
 # --- dense ---
 
 
@@ -88,7 +74,6 @@ def dense_case(
     *,
     H: int = 6,
     causal: bool = True,
-    threads: int | None = None,
 ) -> Case:
     products = 2 if mode == "forward" else 7  # q k', p v; then q k' again, do v', dq, dk, dv
     peer = partial(sdpa, causal=causal)
@@ -97,7 +82,7 @@ def dense_case(
         do, qkv = inputs_of(B, T, H, C, dtype=dtype)
 
         def run(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Results]:
-            return on_threads(threads, partial(step, call, mode, do, *qkv))
+            return partial(step, call, mode, do, *qkv)
 
         options = options_of(qkv[0], T, T, causal, (None, None), None, None, 0.0)
         arguments = (*qkv, None, None, None, None, options, False)
@@ -113,8 +98,7 @@ def dense_case(
     config = {"B": B, "H": H, "D": C, "causal": causal, "dtype": str(dtype).removeprefix("torch.")}
     return Case(
         kernel_name="attention", mode=mode, x=("T", "context", T),
-        config=config if threads is None else {**config, "threads": threads},
-        providers=providers, gate=no_worse_than(EAGER, truth, dtype),
+        config=config, providers=providers, gate=no_worse_than(EAGER, truth, dtype),
         work=products * 2 * B * H * C * (T * (T + 1) // 2 if causal else T * T), unit="FLOP", dtype=dtype,
     )  # fmt: skip
 
@@ -161,7 +145,6 @@ def packed_case(
     everything: bool,
     *,
     H: int = 6,
-    threads: int | None = None,
 ) -> Case:
     pairs, total, longest = sum(n * (n + 1) // 2 for n in lengths), sum(lengths), max(lengths)
     by_document = partial(each_document, lengths)
@@ -172,7 +155,7 @@ def packed_case(
         mask = document_mask(lengths)
 
         def run(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Results]:
-            return on_threads(threads, partial(step, call, mode, do, *qkv))
+            return partial(step, call, mode, do, *qkv)
 
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention_varlen(q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest, causal=True)
@@ -195,8 +178,7 @@ def packed_case(
     config = {"documents": len(lengths), "H": H, "D": C, "causal": True, "dtype": str(dtype).removeprefix("torch.")}
     return Case(
         kernel_name="attention_varlen", mode=mode, x=("T", "positions", total),
-        config=config if threads is None else {**config, "threads": threads},
-        providers=providers, gate=no_worse_than("torch SDPA, document by document", truth, dtype),
+        config=config, providers=providers, gate=no_worse_than("torch SDPA, document by document", truth, dtype),
         work=(2 if mode == "forward" else 7) * 2 * H * C * pairs, unit="FLOP", dtype=dtype,
     )  # fmt: skip
 
@@ -210,9 +192,9 @@ def cases(everything: bool) -> Iterator[Case]:
             yield packed_case(LENGTHS, dtype, mode, everything)
             if everything:
                 for causal in (True, False):
-                    yield dense_case(2, 1024, dtype, mode, False, H=8, causal=causal, threads=1)
-                    yield dense_case(4, 2048, dtype, mode, False, H=8, causal=causal, threads=2)
-                yield packed_case(SHORT, dtype, mode, False, H=8, threads=1)
+                    yield dense_case(2, 1024, dtype, mode, False, H=8, causal=causal)
+                    yield dense_case(4, 2048, dtype, mode, False, H=8, causal=causal)
+                yield packed_case(SHORT, dtype, mode, False, H=8)
 
 
 SMALL = list(cases(False))
