@@ -114,6 +114,6 @@ def serving(table: Table, dtype: torch.dtype = torch.float32, device: str = "cpu
 def small_blocks() -> Any:
     """Sizes at which small tensors go through several chunks, tiles and blocks, the last of them ragged."""
     return mock.patch.multiple(
-        config, CHUNK_BYTES=4 * 128, RECOMPUTE_BYTES=4 * 128, PRODUCT_BYTES=4 * 32, MULTIPLE=4, BLOCK_ELEMENTS=40,
-        CAPACITY_MULTIPLE=4,
+        config, CHUNK_BYTES=4 * 128, WIDE_CHUNK_BYTES=4 * 128, RECOMPUTE_BYTES=4 * 128, PRODUCT_BYTES=4 * 32,
+        MULTIPLE=4, BLOCK_ELEMENTS=40, CAPACITY_MULTIPLE=4,
     )  # fmt: skip

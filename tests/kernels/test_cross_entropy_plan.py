@@ -40,7 +40,7 @@ def test_the_plan_is_what_is_allocated(monkeypatch, schedule, dtype):
     """At a sixteenth of the sizes, so that small matrices go in several chunks."""
     from hotloop.kernels.cross_entropy import config
 
-    for name in ("CHUNK_BYTES", "RECOMPUTE_BYTES", "PRODUCT_BYTES"):
+    for name in ("CHUNK_BYTES", "WIDE_CHUNK_BYTES", "RECOMPUTE_BYTES", "PRODUCT_BYTES"):
         monkeypatch.setattr(config, name, getattr(config, name) // 16)
     n, v, d = 1500, 9000, 192
     plan = linear_cross_entropy_plan(*meta(n, v, d, dtype, device="cpu"), schedule=schedule)

@@ -69,7 +69,7 @@ def served(tiles: Projection | None) -> Iterator[None]:
     """Tensors on the CPU go to the backend triton, in several chunks, tiles and splits, the last of them ragged; memory
     that nobody has written is NaN."""
     sizes = {"SPLITS": 2, "PROGRAMS": 1, "GROUP": 2, "LEAST_COLUMNS": 1, "RECOMPUTE_BYTES": 1, "CHUNK_BYTES": 4 * 1500,
-             "MULTIPLE": 16, "CAPACITY_MULTIPLE": 4}  # fmt: skip
+             "WIDE_CHUNK_BYTES": 4 * 1500, "MULTIPLE": 16, "CAPACITY_MULTIPLE": 4}  # fmt: skip
     before = torch.are_deterministic_algorithms_enabled()
     with (
         mock.patch.object(triton_backend.KERNELS, "supports", return_value=None),
