@@ -9,8 +9,9 @@
 | `LinearCrossEntropy`         | the projection and its loss as a module                               |
 | `dropin`                     | PyTorch's and Liger's functions and modules by their own signatures    |
 
-Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks), `op.py`
-and `linear.py` (operators and public functions).
+Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks),
+`triton_projection.py` (products that know how many rows there are), `op.py` and `linear.py` (operators and public
+functions).
 """
 
 from hotloop.kernels.cross_entropy.linear import (
