@@ -338,8 +338,8 @@ def test_rows_without_a_target_cost_nothing() -> None:
     for name in every:
         assert some[name][0] == 0.15 * every[name][0]
         assert none[name][0] == 0
-        # Targets lie apart then: a sector for each.
-        assert 0.15 <= some[name][1] / every[name][1] <= (0.18 if name == "forward" else 0.151)
+        # Of matrices 0.15; targets and factors of rows lie apart then, a sector for each.
+        assert 0.15 <= some[name][1] / every[name][1] <= 0.2
         assert none[name][1] == 0
 
 
