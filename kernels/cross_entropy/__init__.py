@@ -8,8 +8,9 @@
 | `linear_cross_entropy_plan`  | what both schedules would hold in memory                              |
 | `LinearCrossEntropy`         | the projection and its loss as a module                               |
 
-Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks), `op.py`
-and `linear.py` (operators and public functions). Peers' signatures: `hotloop.kernels.drop_in`.
+Read `contract.py` (the formula), then `reference.py`, `platform.py` (rows of logits), `schedule.py` (chunks),
+`triton_projection.py` (products that know how many rows there are), `op.py` and `linear.py` (operators and public
+functions). Peers' signatures: `hotloop.kernels.drop_in`.
 """
 
 from hotloop.kernels.cross_entropy.linear import (

@@ -63,7 +63,7 @@ def value_and_gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).view(loss.shape)
     if loss.dim() == 0:
         upstream = torch.tensor(1.0)
-    return loss.detach(), *torch.autograd.grad(loss, inputs, upstream.to(loss.dtype))
+    return loss.detach(), *torch.autograd.grad(loss, inputs, upstream.to(loss))
 
 
 def targets(n: int, v: int, seed: int, ignored: float) -> Tensor:

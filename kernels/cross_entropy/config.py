@@ -99,17 +99,18 @@ PROJECTIONS = {
         Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 128, 128, 8, 3)
     ),
     90: Projection(
-        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 128, 128, 8, 3)
     ),
     100: Projection(
-        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4)
+        Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 128, 128, 8, 3)
     ),
     120: Projection(
         Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 32, 128, 8, 3), Tile(32, 128, 128, 8, 3)
     ),
 }
 """By compute capability, of 16-bit inputs. Those of 120 are for 99 KiB of shared memory, which 86 and 89 have too. None
-spills registers. No size was measured on a GPU."""
+spills registers, as nearly all do with 256 columns; with 3 stages two programs fit a multiprocessor of 90 and 100. No
+time was measured on a GPU."""
 WIDE_PROJECTION = Projection(
     Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 32, 64, 4, 2), Tile(32, 64, 64, 4, 2)
 )
@@ -148,16 +149,15 @@ def projected_columns(n: int, v: int, d: int, dtype: torch.dtype, tile: Tile) ->
     return _equal_parts(v, max(LEAST_COLUMNS, fit), tile.columns)
 
 
-def projection_bytes(n: int, v: int, d: int, dtype: torch.dtype, dinput: bool, dweight: bool) -> int:
-    """What `recompute` without logits holds at its peak, without statistics and label smoothing: results of splits;
-    or the gradient of a tile, and sums."""
-    made = projection(90, dtype)
-    forward = 3 * 4 * n * -(-v // split_columns(n, v, made.results))
-    if not (dinput or dweight):
-        return forward
-    width = projected_columns(n, v, d, dtype, made.dlogits)
-    tile = padded(n, made.dlogits.rows) * padded(min(width, v), made.dlogits.columns) * dtype.itemsize
-    return max(forward, tile + (4 * n * d if dinput and width < v else 0))
+def results_bytes(n: int, v: int, dtype: torch.dtype) -> int:
+    """Of results of rows in splits of the vocabulary, without statistics and label smoothing."""
+    return 3 * 4 * n * -(-v // split_columns(n, v, projection(90, dtype).results))
+
+
+def room_bytes(n: int, v: int, dtype: torch.dtype) -> int:
+    """Of logits, in whole tiles."""
+    tile = projection(90, dtype).dlogits
+    return padded(n, tile.rows) * padded(v, tile.columns) * dtype.itemsize
 
 
 def padded(size: int, multiple: int) -> int:

@@ -90,10 +90,8 @@ def linear_cross_entropy_plan(
         sums = config.sum_bytes(projected, d, dtype, direct=direct) if input.requires_grad and width < v else 0
         recompute = max(recompute, tile + copied) + sums
     if forced_backend() == "triton":
-        recompute = config.projection_bytes(projected, v, d, dtype, input.requires_grad, linear_weight.requires_grad)
-        width = config.projected_columns(projected, v, d, dtype, config.projection(90, dtype).dlogits)
-        if not (input.requires_grad or linear_weight.requires_grad):
-            one_pass = recompute
+        needs = (input.requires_grad, linear_weight.requires_grad)
+        one_pass, recompute, width = _by_triton(projected, v, d, dtype, one_pass, *needs, max_valid is None)
     return Plan(
         tokens=n, projected=projected, vocabulary=v, width=d, dtype=dtype,
         schedule=schedule if schedule != "auto" else "recompute" if reduction == "none" else "one_pass",
@@ -101,3 +99,20 @@ def linear_cross_entropy_plan(
         gradients=(n * d * input.requires_grad + v * d * linear_weight.requires_grad) * wide,
         one_pass=one_pass, recompute=recompute, chunk_rows=min(step, projected), tile_columns=min(width, v),
     )  # fmt: skip
+
+
+def _by_triton(
+    n: int, v: int, d: int, dtype: torch.dtype, one_pass: int, dinput: bool, dweight: bool, is_counted: bool
+) -> tuple[int, int, int]:
+    """Bytes of both schedules, and columns of a tile, where the projection's kernels are the backend's own.
+    is_counted: `one_pass` uses them too."""
+    results = config.results_bytes(n, v, dtype)
+    width = config.projected_columns(n, v, d, dtype, config.projection(90, dtype).dlogits)
+    if not (dinput or dweight):
+        return results, results, width
+    if is_counted:
+        step = config.chunk_rows(n, v, dtype)
+        is_summed = dweight and step < n and gradient_dtype(dtype) != torch.float32
+        one_pass = config.room_bytes(min(step, n), v, dtype) + 4 * v * d * is_summed
+    sums = 4 * n * d if dinput and width < v else 0
+    return one_pass, max(results, config.room_bytes(n, min(width, v), dtype) + sums), width

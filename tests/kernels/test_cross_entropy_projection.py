@@ -89,30 +89,38 @@ def exact(shape: tuple[int, ...], size: float, *, seed: int, dtype: torch.dtype)
     return (draw_values(shape, seed=seed, dtype=torch.float64) * 4).round().clamp(-16, 16).to(dtype) * (size / 4)
 
 
-def check(schedule: str, dtype: torch.dtype, seed: int, shape: tuple[int, int, int], ignored: float, **forced: Any):
+def check(
+    schedule: str,
+    dtype: torch.dtype,
+    seed: int,
+    shape: tuple[int, int, int],
+    ignored: float,
+    device: str = "cpu",
+    **forced: Any,
+) -> None:
     """Loss and gradients are no worse than those of PyTorch's two steps; ignored rows, which are NaN, reach nothing."""
     n, v, d = shape
     draw = random.Random(seed)
     chosen = options(draw.randrange(768), n, v) | forced
     schedule = "recompute" if chosen["reduction"] == "none" else schedule
     size, layout = draw.choice([2.0**-10, 1.0, 64.0]), draw.choice(LAYOUTS)
-    t = lay_out(targets(n, v, seed, ignored), layout)
+    t = targets(n, v, seed, ignored)
     valid = t != IGNORE
     inputs = [exact((n, d), size, seed=d, dtype=dtype), exact((v, d), min(size, 8.0), seed=v, dtype=dtype)]
     if draw.random() < 0.5:
         inputs.append(exact((v,), 1.0, seed=n, dtype=dtype))
     wide = {k: x.double() if isinstance(x, Tensor) else x for k, x in chosen.items()}
-    laid_out = {k: lay_out(x, layout) if isinstance(x, Tensor) else x for k, x in chosen.items()}
+    laid_out = {k: lay_out(x.to(device), layout) if isinstance(x, Tensor) else x for k, x in chosen.items()}
     truth_in = [x.double().requires_grad_() for x in inputs]
     same_in = [x.clone().requires_grad_() for x in inputs]
     poisoned = [torch.where(valid[:, None], inputs[0], math.nan), *inputs[1:]]
-    ours_in = [lay_out(x, layout).requires_grad_() for x in poisoned]
+    ours_in = [lay_out(x.to(device), layout).requires_grad_() for x in poisoned]
     logits = F.linear(truth_in[0], truth_in[1], *truth_in[2:])
     truth = value_and_gradients(composed(logits, t, **wide), *truth_in)
     same = value_and_gradients(composed(F.linear(same_in[0], same_in[1], *same_in[2:]), t, **chosen), *same_in)
     laid_out["max_valid"] = draw.choice([None, None, int(valid.sum()) + 1])
     laid_out["linear_bias"] = ours_in[2] if inputs[2:] else None
-    loss = linear_cross_entropy(ours_in[0], ours_in[1], t, schedule=schedule, **laid_out)
+    loss = linear_cross_entropy(ours_in[0], ours_in[1], lay_out(t.to(device), layout), schedule=schedule, **laid_out)
     ours = value_and_gradients(loss, *ours_in)
     case = f"{schedule}, seed {seed}, {shape}, {layout}: "
     rounded = 0.5 * torch.finfo(dtype).eps * truth[0].abs().max().item() if truth[0].numel() else 0.0
@@ -124,7 +132,7 @@ def check(schedule: str, dtype: torch.dtype, seed: int, shape: tuple[int, int, i
     for name, sum_of, *gradients in zip("hwb", sums, ours[1:], same[1:], truth[1:], strict=False):
         atol = terms * sum_of.double().max().item() if sum_of.numel() else 0.0
         assert_no_worse(*gradients, name=f"{case}d{name}", ulps=4, atol=atol)
-    assert not ours[1][~valid].any()
+    assert not ours[1].cpu()[~valid].any()
 
 
 def check_infinities() -> None:
@@ -287,6 +295,15 @@ def test_infinities_in_the_emulator() -> None:
         check_infinities()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_this_gpu(schedule: str, dtype: torch.dtype) -> None:
+    with use_backend("triton"):
+        for seed, shape in enumerate([(300, 1000, 256), (1000, 5003, 100), (130, 33, 64), (5, 1, 7)]):
+            check(schedule, dtype, seed, shape, 0.5, "cuda")
+
+
 # Work
 
 
@@ -321,8 +338,8 @@ def test_rows_without_a_target_cost_nothing() -> None:
     for name in every:
         assert some[name][0] == 0.15 * every[name][0]
         assert none[name][0] == 0
-        # Targets lie apart then: a sector for each.
-        assert 0.15 <= some[name][1] / every[name][1] <= (0.18 if name == "forward" else 0.151)
+        # Of matrices 0.15; targets and factors of rows lie apart then, a sector for each.
+        assert 0.15 <= some[name][1] / every[name][1] <= 0.2
         assert none[name][1] == 0
 
 
@@ -368,7 +385,7 @@ def test_the_operators_refuse_what_the_backend_cannot_reach() -> None:
 
 # Machine code
 
-COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDG.128", "STG.128")
+COUNTED = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS.128", "LDG.128", "STG.128")
 NAMES = ("h", "w", "t", "bias", "weight", "token_weight")
 
 
@@ -404,7 +421,7 @@ def test_budgets() -> None:
         assert row["spills"] == row["stack"] == 0, name
         if "dbias" not in name:
             assert any(row.get(mma, 0) for mma in ("HMMA", "HGMMA", "UTCHMMA")), name
-            assert row["LDGSTS"] > 0, name
+            assert row["LDGSTS.128"] > 0, name
 
 
 if __name__ == "__main__":
