@@ -213,10 +213,11 @@ def test_no_run_trains_on_a_kernel_that_is_wrong_here(monkeypatch):
     from hotloop.kernels.attention.op import TABLE
 
     module.check_backends(CPU, torch.float32)
-    right = TABLE["torch"]
-    wrong = replace(right, forward=lambda *arguments: [2 * x for x in right.forward(*arguments)])
-    monkeypatch.setitem(TABLE._by_name, "torch", wrong)
-    with pytest.raises(UserError, match=r"attention .* on backend torch.*HOTLOOP_BACKEND=reference"):
+    for name in ("cpu", "torch"):  # whichever serves here
+        right = TABLE[name]
+        wrong = replace(right, forward=lambda *arguments, right=right: [2 * x for x in right.forward(*arguments)])
+        monkeypatch.setitem(TABLE._by_name, name, wrong)
+    with pytest.raises(UserError, match=r"attention .* on backend (cpu|torch).*HOTLOOP_BACKEND=reference"):
         module.check_backends(CPU, torch.float32)
 
 
