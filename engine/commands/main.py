@@ -33,7 +33,7 @@ Train language models on your own documents.
   hotloop generate runs/mine --prompt "Once"           text from the model
   hotloop eval runs/mine                               held-out loss, perplexity, bits per byte
   hotloop doctor                                       what this machine has, which backend serves each op
-  hotloop tune                                         measures launch configurations on this GPU
+  hotloop tune attention                               measures launch configurations on this GPU
   hotloop demo                                         all of it on Python's own library, in five minutes
 
   hotloop VERB --help                                  what a verb does, its arguments and their defaults

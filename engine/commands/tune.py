@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from hotloop.engine.errors import UserError
 
@@ -13,16 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tune:
-    """Measure launch configurations of attention's Triton kernels on this GPU, and remember the fastest.
+    """Measure launch configurations of an op's Triton kernels on this GPU, and remember the fastest.
 
     Examples:
-      hotloop tune
-      hotloop tune --head-dims 64 128 --dtype float32
+      hotloop tune attention
+      hotloop tune attention --head-dims 64 128 --dtype float32
 
     Takes minutes for each head_dim, most of which is compilation. What it finds is written to the user's cache folder,
     for this model of GPU and version of Triton, and used by later processes.
     """
 
+    op: Annotated[Literal["attention"], tyro.conf.Positional]
     head_dims: tuple[int, ...] = (64, 128, 256)
     """Head dimensions to measure; each serves those that its tiles are padded for."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.attention import cpu, cuda, platform, reference, triton
-from hotloop.kernels.attention.arguments import autocast, check_cu_seqlens, check_qkv, options_of, per_head, seed_tensor
+from hotloop.kernels.attention.arguments import (
+    assert_cu_seqlens,
+    autocast,
+    check_cu_seqlens,
+    check_qkv,
+    options_of,
+    per_head,
+    seed_tensor,
+)
 from hotloop.kernels.attention.options import Options, lse_dtype
 from hotloop.kernels.autograd import first_order
 from hotloop.kernels.dispatch import Table
@@ -296,6 +304,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    check: bool = False,
 ) -> Tensor:
     """Attention within each segment of a packed batch; segments never see each other, not even their NaN.
 
@@ -310,11 +319,12 @@ def attention_varlen(
     dropout mask counts batch, query and key by segment: it is that of `attention` on the segments as a batch.
 
     Errors as `attention`. The values of cu_seqlens and max_seqlen are checked where cu_seqlens is on the CPU; on a GPU
-    they are not read, and boundaries that decrease, pass the total or exceed max_seqlen are undefined.
+    they are not read, and boundaries that decrease, pass the total or exceed max_seqlen are undefined. `check` asserts
+    there that they do not (a failure ends the process' use of the device; nothing waits).
     """
     return _attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal, window_size, scale, softcap, alibi_slopes, sinks, dropout_p, seed, False,
+        causal, window_size, scale, softcap, alibi_slopes, sinks, dropout_p, seed, False, check,
     ).o  # fmt: skip
 
 
@@ -335,11 +345,12 @@ def attention_varlen_with_lse(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    check: bool = False,
 ) -> AttentionOutput:
     """Like `attention_varlen`, with lse (Hq, total_q), differentiable; see `attention_with_lse`."""
     return _attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal, window_size, scale, softcap, alibi_slopes, sinks, dropout_p, seed, True,
+        causal, window_size, scale, softcap, alibi_slopes, sinks, dropout_p, seed, True, check,
     )  # fmt: skip
 
 
@@ -360,6 +371,7 @@ def _attention(
     dropout_p: float,
     seed: int | Tensor | None,
     needs_dlse: bool,
+    check: bool = False,
 ) -> AttentionOutput:
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, varlen=cu_seqlens_q is not None)
@@ -372,6 +384,10 @@ def _attention(
         max_seqlen_q = q.shape[0] if max_seqlen_q is None else max_seqlen_q
         if max_seqlen_k is None:
             max_seqlen_k = max_seqlen_q if cu_seqlens_k is None else k.shape[0]
+        if check and q.device.type != "cpu":
+            assert_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+            if cu_seqlens_k is not None:
+                assert_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     options = options_of(q, max_seqlen_q, max_seqlen_k, causal, window_size, scale, softcap, dropout_p)
     alibi_slopes = per_head("alibi_slopes", alibi_slopes, q, batch)
     sinks = per_head("sinks", sinks, q)

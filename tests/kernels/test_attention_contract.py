@@ -18,6 +18,7 @@ from hotloop.kernels.attention import (
     cu_seqlens_from_document_ids,
     platform,
 )
+from hotloop.kernels.attention.arguments import assert_cu_seqlens
 from hotloop.kernels.attention.op import TABLE, ops
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.dispatch import BackendError, use_backend
@@ -306,6 +307,17 @@ def test_strides(layout: str, backend: str) -> None:
         assert torch.equal(strided, contiguous)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [([1, 4], "start at 0"), ([0, 4, 3], "decreases"), ([0, 4, 9], "past the 8"), ([0, 1, 8], "longer than .* = 6")],
+)
+def test_assertions_about_boundaries(values: list[int], message: str) -> None:
+    """What `check` asserts on a device is asserted at once on the CPU."""
+    with pytest.raises(RuntimeError, match=f"cu_seqlens_k .*{message}"):
+        assert_cu_seqlens("cu_seqlens_k", torch.tensor(values, dtype=torch.int32), 8, 6)
+    assert_cu_seqlens("cu_seqlens_k", torch.tensor([0, 3, 3, 8], dtype=torch.int32), 8, 6)
+
+
 @pytest.mark.parametrize("varlen", [False, True])
 def test_fake_cuda_shapes(varlen: bool) -> None:
     """Shapes, dtypes and devices of a CUDA call, with no CUDA at hand and no data.
@@ -319,6 +331,7 @@ def test_fake_cuda_shapes(varlen: bool) -> None:
         options: dict[str, Any] = {"alibi_slopes": slopes, "sinks": sinks, "dropout_p": 0.1, "softcap": 30.0}
         cu_seqlens = torch.empty(4, dtype=torch.int32, device="cuda") if varlen else None
         if cu_seqlens is not None:
+            options["check"] = True  # asserted on the device
             o, lse = attention_varlen_with_lse(q, k, k, cu_seqlens_q=cu_seqlens, window_size=(4, None), **options)
         else:
             o, lse = attention_with_lse(q, k, k, window_size=(4, None), **options)
