@@ -73,9 +73,9 @@ def check_cu_seqlens(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
 def assert_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
     """RuntimeError where the values are wrong; on a GPU an assertion of the device, and nothing waits."""
     lengths = cu_seqlens.diff()
-    torch._assert_async(cu_seqlens[0] == 0, f"{name} does not start at 0")
+    torch._assert_async(cu_seqlens.select(0, 0) == 0, f"{name} does not start at 0")
     torch._assert_async((lengths >= 0).all(), f"{name} decreases")
-    torch._assert_async(cu_seqlens[-1] <= total, f"{name} ends past the {total} positions")
+    torch._assert_async(cu_seqlens.select(0, -1) <= total, f"{name} ends past the {total} positions")
     torch._assert_async((lengths <= max_seqlen).all(), f"{name} has a segment longer than max_seqlen = {max_seqlen}")
 
 
