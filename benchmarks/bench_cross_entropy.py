@@ -75,7 +75,7 @@ def logits_providers(vocab: int, dtype: torch.dtype, mode: str, everything: bool
     own = partial(step, lambda x: cross_entropy(x, target), mode, logits)
     found = by_backend(CROSS_ENTROPY, (logits, target), own, reference=everything and vocab <= REFERENCE_UP_TO)
     if mode == "full":
-        found["hotloop in place"] = partial(in_place, logits, target)
+        found["hotloop, overwrites logits"] = partial(in_place, logits, target)
     found[EAGER] = simple(partial(step, lambda x: plain(x, target), mode, logits))
     found["torch compile"] = simple(partial(step, lambda x: compiled(x, target), mode, logits))
     return found
