@@ -196,7 +196,7 @@ def backward(
     do, o, lse = _rows(do), o.contiguous(), lse.contiguous()
     if needs_dq or needs_dk or needs_dalibi or needs_dsinks:
         delta, dsinks = _delta(problem, do, dlse, o, lse, sinks if needs_dsinks else None)
-    shared = {"do": do, "do_strides": strides(do), "lse": lse, "delta": delta, "scale": options.scale}
+    shared: dict[str, Any] = {"do": do, "do_strides": strides(do), "lse": lse, "delta": delta, "scale": options.scale}
     if needs_dk or needs_dv:
         problem.launch(dkdv_kernel, "dkdv", True, **shared, dk=dk, dv=dv, HAS_DK=needs_dk, HAS_DV=needs_dv)
     if needs_dq or needs_dalibi:

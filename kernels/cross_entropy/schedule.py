@@ -169,7 +169,8 @@ class ProductSum:
         elif gemm.serves(self.sum, a, b):
             gemm.add_product(self.sum, a, b, beta=0 if self.empty else 1)
         else:
-            room = workspace("product", (config.product_rows(*self.sum.shape, a.dtype), b.shape[1]), a.dtype, a.device)
+            room_rows = config.product_rows(a.shape[0], b.shape[1], a.dtype)
+            room = workspace("product", (room_rows, b.shape[1]), a.dtype, a.device)
             for rows, total in zip(a.split(len(room)), self.sum.split(len(room)), strict=True):
                 part = torch.mm(rows, b, out=room[: len(rows)])
                 total.copy_(part) if self.empty else total.add_(part)
