@@ -24,7 +24,7 @@ _threads = threading.local()
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
-# Whatever malloc has learnt, what is larger than 32 MiB gets a mapping of its own: no other pages are near.
+# What is larger than 32 MiB gets a mapping of its own from malloc, but for room that happens to be free elsewhere.
 _OWN_MAPPING = 32 << 20
 
 
