@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotloop.kernels.extension import extension
+from hotloop.kernels.extension import loaded, missing
 
 
 def supports_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"serves cuda tensors, got {device.type}"
-    found = extension()
-    if found is None:
-        return "hotloop.kernels._C is missing: install a C++ compiler, then hotloop again"
-    if not found.cuda_architectures():
+    if (reason := missing()) is not None:
+        return reason
+    if not loaded().cuda_architectures():
         return "hotloop.kernels._C has no CUDA code: install hotloop again where nvcc is, with HOTLOOP_BUILD_CUDA=all"
     return None
 
@@ -34,12 +33,10 @@ class Launch:
     arguments: Mapping[str, Any]
 
     def run(self, device: torch.device) -> None:
-        found = extension()
-        assert found is not None
         stream = torch.cuda.current_stream(device).cuda_stream
         packed = [as_bytes(x) for x in self.arguments.values()]
         with torch.cuda.device(device):
-            found.cuda_launch(self.kernel, *self.grid, self.block, self.shared, packed, stream)
+            loaded().cuda_launch(self.kernel, *self.grid, self.block, self.shared, packed, stream)
 
 
 def as_bytes(argument: Tensor | bytes | None) -> bytes:

@@ -43,11 +43,10 @@ class Tune:
         from hotloop.kernels.attention import tune
 
         device = torch.device("cuda", self.device)
-        major, minor = torch.cuda.get_device_capability(device)
         path = tune.path_of(device)
         for D in self.head_dims:
             dtype = getattr(torch, self.dtype)
-            for key, tile, time, before in tune.tune(device, 10 * major + minor, dtype, D, timer(device)):
+            for key, tile, time, before in tune.tune(device, dtype, D, timer(device)):
                 print(f"{key}: {time:.3f} ms, {before / time:.2f} times as fast as before, {tile}", flush=True)
                 tune.remember(path, {key: tile})
         print(f"written to {path}")

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from hotloop.kernels.attention.options import Options, lse_dtype
 from hotloop.kernels.dispatch import Backend
-from hotloop.kernels.extension import extension
+from hotloop.kernels.extension import loaded, missing
 from hotloop.kernels.workspace import workspace
 
-_C = extension()
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNBOUNDED = 1 << 30
 
@@ -20,9 +19,7 @@ def supports(q: Tensor, *_: object, **__: object) -> str | None:
         return f"runs on the CPU, q is on {q.device}"
     if q.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, q is {q.dtype}"
-    if _C is None:
-        return "needs the compiled extension, which is missing: `hotloop doctor` says how to build it"
-    return None
+    return missing()
 
 
 def forward(
@@ -40,10 +37,9 @@ def forward(
     heads = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     lse = q.new_empty(heads, dtype=lse_dtype(q.dtype))
     call = _Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options, o, lse)
-    assert _C is not None
-    threads = torch.get_num_threads()
-    room = _room(_C.attention_forward_workspace(call.problem, threads))
-    _C.attention_forward(call.problem, call.numbers, room.data_ptr(), threads)
+    kernels, threads = loaded(), torch.get_num_threads()
+    room = _room(kernels.attention_forward_workspace(call.problem, threads))
+    kernels.attention_forward(call.problem, call.numbers, room.data_ptr(), threads)
     return o, lse
 
 
@@ -74,10 +70,9 @@ def backward(
         x.data_ptr() if needed else 0 for x, needed in zip((dq, dk, dv, dalibi_slopes, dsinks), needs, strict=True)
     ]
     gradients = [*call.strided(do), _address(dlse), *results]
-    assert _C is not None
-    threads = torch.get_num_threads()
-    room = _room(_C.attention_backward_workspace(call.problem, threads))
-    _C.attention_backward(call.problem, gradients, call.numbers, room.data_ptr(), threads)
+    kernels, threads = loaded(), torch.get_num_threads()
+    room = _room(kernels.attention_backward_workspace(call.problem, threads))
+    kernels.attention_backward(call.problem, gradients, call.numbers, room.data_ptr(), threads)
     if needs[3] and alibi_slopes is not None and alibi_slopes.dim() == 1:
         dalibi_slopes = dalibi_slopes.sum(0)
     return dq, dk, dv, dalibi_slopes, dsinks.sum(0) if needs[4] else dsinks

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention import triton
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.cuda import Launch, supports_device
@@ -86,20 +87,13 @@ def supports(
         return f"scale {options.scale} and softcap {options.softcap}: takes {_SMALLEST} to {1 / _SMALLEST}"
     if max(q.shape[-3] * q.shape[-2], k.shape[-3]) >= _LARGEST:
         return f"positions times heads of q, and positions of k, must be below {_LARGEST}"
-    lacking = supports_device(q.device) or _lacking(q.device.index)
+    lacking = supports_device(q.device) or gpu.lacking(q.device.index)
     if lacking is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         lacking = triton.supports(
             q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, options, needs_dlse
         )  # fmt: skip
         lacking = None if lacking is None else f"gradients are computed by backend triton, which {lacking}"
     return lacking
-
-
-@torch.compiler.assume_constant_result
-def _lacking(index: int | None) -> str | None:
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
-    return None
 
 
 def forward(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention.options import Options, first_visible_query, lse_dtype
 from hotloop.kernels.attention.segments import Run, plan
 from hotloop.kernels.dispatch import Backend
@@ -58,16 +59,7 @@ def supports(
         return f"head_dim {q.shape[-1]}: PyTorch's flash attention on CUDA takes up to {CUDA_MAX_HEAD_DIM}" + (
             f", {DLSE_COLUMNS} of which the gradient of lse needs" if needs_dlse else ""
         )
-    return _lacking_cuda(q.device.index)
-
-
-@torch.compiler.assume_constant_result
-def _lacking_cuda(index: int | None) -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device on this machine"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "PyTorch's flash attention needs a GPU of compute capability 8.0 or newer"
-    return None
+    return gpu.lacking(q.device.index)
 
 
 def forward(

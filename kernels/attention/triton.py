@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention import config, tune
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.dispatch import Backend
+from hotloop.kernels.gpu import arch_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_ROWS = 2**31 - 2**16
@@ -41,23 +42,7 @@ def supports(
         return f"takes float16, bfloat16 and float32, not {q.dtype}"
     if q.shape[-3] * (q.shape[-2] // k.shape[-2]) > MOST_ROWS:
         return f"counts query rows of a head of k in 32 bits: up to {MOST_ROWS}"
-    return _lacking(q.device.index)
-
-
-@torch.compiler.assume_constant_result
-def _lacking(index: int | None) -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device on this machine"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
-    return None
-
-
-@lru_cache(maxsize=64)
-def arch_of(device: torch.device) -> int:
-    """80 for sm_80, and so on."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return gpu.lacking(q.device.index)
 
 
 @dataclass(frozen=True)

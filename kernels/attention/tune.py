@@ -135,7 +135,7 @@ def trying(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 def tune(
-    device: torch.device, arch: int, dtype: torch.dtype, D: int, timer: Timer, shape: tuple[int, int, int, int] = SHAPE
+    device: torch.device, dtype: torch.dtype, D: int, timer: Timer, shape: tuple[int, int, int, int] = SHAPE
 ) -> Iterator[tuple[str, Tile, float, float]]:
     """(key, tile, its milliseconds, those of the one in config.py) for each kernel, causal and plain."""
     from hotloop.kernels.attention import triton
@@ -160,5 +160,5 @@ def tune(
             with trying(kernel, tile):
                 call()
 
-        found = fastest(candidates(kernel, arch, dtype.itemsize, D, False), run, timer)
+        found = fastest(candidates(kernel, triton.arch_of(device), dtype.itemsize, D, False), run, timer)
         yield key_of(kernel, dtype.itemsize, D, False), *found

@@ -7,12 +7,7 @@ from torch import Tensor
 
 from hotloop.kernels.cross_entropy.contract import Coefficients, Options
 from hotloop.kernels.cross_entropy.raw import RawRows, Results
-
-_MISSING: str | None = None
-try:
-    from hotloop.kernels import _C
-except ImportError as error:
-    _MISSING = f"needs the compiled extension, which is missing ({error}): `hotloop doctor` says how to build it"
+from hotloop.kernels.extension import loaded, missing
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -22,7 +17,7 @@ def supports(input: Tensor, *_: object, **__: object) -> str | None:
         return f"runs on the CPU, the input is on {input.device}"
     if input.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, the input is {input.dtype}"
-    return _MISSING
+    return missing()
 
 
 def _rows(
@@ -36,7 +31,7 @@ def _rows(
     dloss: Tensor | None,
 ) -> None:
     n, v = logits.shape
-    _C.cross_entropy_rows(
+    loaded().cross_entropy_rows(
         logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], n, v, target.data_ptr(), _pointer(weight),
         float(v) if weight is None else weight.sum().item(), _pointer(token_weight),
         options.ignore_index, options.label_smoothing, options.z_loss, options.softcap or 0.0, options.logit_scale,
@@ -61,7 +56,7 @@ def _columns(
     a = torch.where(lse.isposinf(), torch.nan, factors.a)
     part = None if weight is None else weight[first : first + width]
     kept = (target, a, factors.b, factors.c, factors.dentropy, part, lse, entropy)
-    _C.cross_entropy_columns(
+    loaded().cross_entropy_columns(
         logits.data_ptr(), logits.stride(0), DTYPES[logits.dtype], n, width, first, *map(_pointer, kept),
         options.ignore_index, options.softcap or 0.0, options.logit_scale, torch.get_num_threads(),
     )  # fmt: skip

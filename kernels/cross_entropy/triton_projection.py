@@ -29,6 +29,7 @@ from hotloop.kernels.cross_entropy.contract import (
     row_coefficients,
 )
 from hotloop.kernels.cross_entropy.schedule import Selection
+from hotloop.kernels.gpu import arch_of
 
 ROWS = triton.KERNELS
 LOGITS = schedule.RowKernels(ROWS.rows_forward, ROWS.rows_forward_backward_, ROWS.columns_backward_)
@@ -292,12 +293,7 @@ def programs(rows: int, a: int, columns: int, b: int) -> int:
 
 
 def tiles(x: Tensor) -> Projection:
-    return config.projection(capability(x.device), x.dtype)
-
-
-def capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return config.projection(arch_of(x.device), x.dtype)
 
 
 def launch(tile: Tile) -> dict[str, Any]:

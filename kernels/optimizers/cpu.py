@@ -6,12 +6,11 @@ One call updates all tensors of an `Update`; each is read once and written once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hotloop.kernels.extension import extension
+from hotloop.kernels.extension import loaded, missing
 from hotloop.kernels.optimizers import tables
 from hotloop.kernels.optimizers.raw import RawRules
 from hotloop.kernels.optimizers.tables import DeviceTables
@@ -24,9 +23,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 def _supports_device(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"serves cpu tensors, got {device.type}"
-    if extension() is None:
-        return "hotloop.kernels._C is missing: install a C++ compiler, then hotloop again"
-    return None
+    return missing()
 
 
 def supports(update: Update) -> str | None:
@@ -41,7 +38,7 @@ def sum_of_squares(grads: list[Tensor], kept: DeviceTables | None = None) -> Ten
     """`reference.sum_of_squares`, to the bit."""
     flat = [g.contiguous() for g in grads]
     table = tables.gradient_rows(flat, _TYPES)
-    return torch.tensor(_c().optimizer_sum_of_squares(table, torch.get_num_threads()), dtype=torch.float64)
+    return torch.tensor(loaded().optimizer_sum_of_squares(table, torch.get_num_threads()), dtype=torch.float64)
 
 
 def _run(
@@ -56,7 +53,7 @@ def _run(
 ) -> None:
     if skip:  # CPU tensors: reading them waits for nothing
         return
-    _c().optimizer_update(
+    loaded().optimizer_update(
         _RULES[rule],
         _TYPES[params[0].dtype],
         _TYPES[grads[0].dtype],
@@ -76,9 +73,3 @@ def _run(
 
 
 RULES = RawRules(_run)
-
-
-def _c() -> Any:
-    found = extension()
-    assert found is not None
-    return found

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention import attention, attention_varlen_with_lse, attention_with_lse, cuda, reference
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.cuda import Launch
@@ -329,7 +330,7 @@ def test_many_segments(segments):
 
 def test_public_functions(monkeypatch):
     monkeypatch.setattr(cuda, "supports_device", lambda device: None)
-    monkeypatch.setattr(cuda, "_lacking", lambda index: None)
+    monkeypatch.setattr(gpu, "lacking", lambda index: None)
     q, k, v = draw_qkv(40, 40, (2, 1), 64, BF16)
     with emulated() as launches, use_backend("cuda"):
         o, lse = attention_with_lse(q, k, v, causal=True)
@@ -489,7 +490,7 @@ def test_reasons():
         attention(q, k, v)
     with pytest.MonkeyPatch.context() as patch:  # as on a GPU, but for the backend that has the gradients
         patch.setattr(cuda, "supports_device", lambda device: None)
-        patch.setattr(cuda, "_lacking", lambda index: None)
+        patch.setattr(gpu, "lacking", lambda index: None)
         assert reason(q, k, v) == "gradients are computed by backend triton, which serves cuda tensors, got cpu"
         with torch.no_grad():
             assert reason(q, k, v) == "None"

@@ -73,7 +73,7 @@ def test_each_kernel_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pytest.importorskip("triton", reason="needs triton")
     monkeypatch.setattr(triton, "run", note)
-    results = list(tune.tune(torch.device("cpu"), 90, torch.bfloat16, 64, timer, shape=(1, 64, 2, 1)))
+    results = list(tune.tune(torch.device("cpu"), torch.bfloat16, 64, timer, shape=(1, 64, 2, 1)))
     assert [key for key, *_ in results] == [f"{name}, 16 bits, head_dim 64" for name in config.KERNELS]
     assert all(tile.BLOCK_M == 32 and (time, before) == (1.0, 2.0) for _, tile, time, before in results)
     names = [name for name, _ in launched]

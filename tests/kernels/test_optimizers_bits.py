@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hotloop.kernels import extension
 from hotloop.kernels.dispatch import use_backend
 from hotloop.kernels.optimizers import AdamW, cpu, quantised, reference
 from hotloop.kernels.optimizers.cases import PRECISIONS, RULES, assert_same_bits
 
-cpu_extension = cpu.extension()
+cpu_extension = extension.loaded() if extension.missing() is None else None
 pytestmark = pytest.mark.skipif(cpu_extension is None, reason="hotloop.kernels._C is not built")
 
 # A vector, odd matrices (rows of more than a block of 256, and of less), a scalar, an empty one, more than one chunk.
