@@ -13,7 +13,6 @@ from hotloop.kernels import gpu
 from hotloop.kernels.attention import config, tune
 from hotloop.kernels.attention.options import Options
 from hotloop.kernels.dispatch import Backend
-from hotloop.kernels.gpu import arch_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_ROWS = 2**31 - 2**16
@@ -113,7 +112,7 @@ class Problem:
     def launch(self, kernel: Any, name: str, by_keys: bool = False, **arguments: Any) -> None:
         """One program for each tile of query rows, or `by_keys`, and head of k."""
         (Tq, Tk), (Hk, D), itemsize = self.positions, self.k.shape[-2:], self.q.dtype.itemsize
-        arch = arch_of(self.q.device)
+        arch = gpu.arch_of(self.q.device)
         tile = tune.tile(name, self.q.device, arch, itemsize, D, self.is_rich)
         rows, block = (Tk, tile.BLOCK_N) if by_keys else (Tq * self.group, tile.BLOCK_M)
         # Packed: see `tile_rows`. What lies past the last boundary is one more segment.

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention import config
 from hotloop.kernels.attention.config import Tile
 from hotloop.kernels.attention.options import Options
@@ -160,5 +161,5 @@ def tune(
             with trying(kernel, tile):
                 call()
 
-        found = fastest(candidates(kernel, triton.arch_of(device), dtype.itemsize, D, False), run, timer)
+        found = fastest(candidates(kernel, gpu.arch_of(device), dtype.itemsize, D, False), run, timer)
         yield key_of(kernel, dtype.itemsize, D, False), *found

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from hotloop.kernels import gpu as hardware
 from hotloop.kernels.attention import config
 from hotloop.kernels.attention import triton as backend
 from hotloop.kernels.attention.cases import Case, check, draw, run
@@ -34,7 +35,7 @@ SCHEDULES: list[dict[str, Any]] = [
 def emulated(target: str, tile: Tile | None = None, **schedule: Any) -> Iterator[Any]:
     """tile: for all kernels, instead of the target's own."""
     with pytest.MonkeyPatch.context() as patch, emulator.triton(target, **schedule) as gpu:
-        patch.setattr(backend, "arch_of", lambda device: int(target.removeprefix("sm_")))
+        patch.setattr(hardware, "arch_of", lambda device: int(target.removeprefix("sm_")))
         if tile is not None:
             patch.setattr(config, "tile", lambda *_: tile)
         yield gpu

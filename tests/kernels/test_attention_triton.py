@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention import attention, config, platform, triton
 from hotloop.kernels.attention.cases import NAMES, Case, check, draw, run
 from hotloop.kernels.attention.config import Tile
@@ -268,5 +269,5 @@ def _on_cuda(x: Tensor) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    triton.arch_of = lambda device: 80
+    gpu.arch_of = lambda device: 80
     INTERPRETED[sys.argv[1]]()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hotloop.kernels import gpu
 from hotloop.kernels.attention import config, triton, tune
 from hotloop.kernels.attention.config import Tile
 
@@ -61,7 +62,7 @@ def test_the_fastest_that_fits_is_taken() -> None:
 
 def test_each_kernel_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is launched while a kernel's candidates are timed, and with which tile."""
-    monkeypatch.setattr(triton, "arch_of", lambda device: 90)
+    monkeypatch.setattr(gpu, "arch_of", lambda device: 90)
     launched: list[tuple[str, Any]] = []
 
     def note(on: Any, kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
