@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from hotloop.kernels.attention import attention, attention_varlen
 from hotloop.kernels.attention.arguments import options_of
 from hotloop.kernels.attention.op import TABLE
+from hotloop.kernels.attention.options import Call
 
 from harness.case import Case, Provider, Results, by_backend, no_worse_than, simple
 from harness.command import bench, ids, main
@@ -85,7 +86,7 @@ def dense_case(
             return partial(step, call, mode, do, *qkv)
 
         options = options_of(qkv[0], T, T, causal, (None, None), None, None, 0.0)
-        arguments = (*qkv, None, None, None, None, options, False)
+        arguments = (Call(*qkv, None, None, None, None, None, options), False)
         own = run(lambda q, k, v: attention(q, k, v, causal=causal))
         found = by_backend(TABLE, arguments, own, reference=everything)
         found[EAGER] = simple(run(peer))
@@ -164,7 +165,7 @@ def packed_case(
             return sdpa(q[None], k[None], v[None], mask)[0]
 
         options = options_of(qkv[0], longest, longest, True, (None, None), None, None, 0.0)
-        arguments = (*qkv, cu_seqlens, cu_seqlens, None, None, options, False)
+        arguments = (Call(*qkv, cu_seqlens, cu_seqlens, None, None, None, options), False)
         found = by_backend(TABLE, arguments, run(own), reference=everything)
         found["torch SDPA, dense mask"] = simple(run(masked))
         found["torch SDPA, document by document"] = simple(run(by_document))

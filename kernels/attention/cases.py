@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hotloop.kernels.attention import reference
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call, Options
 from hotloop.kernels.testing import assert_no_worse, lay_out
 
 NAMES = ("o", "lse", "dq", "dk", "dv", "dalibi_slopes", "dsinks")
@@ -74,9 +74,10 @@ class Inputs:
     do: Tensor
     dlse: Tensor | None
 
-    def forward_arguments(self) -> tuple[Any, ...]:
-        return (
+    def call(self, options: Options) -> Call:
+        return Call(
             self.q, self.k, self.v, self.cu_seqlens_q, self.cu_seqlens_k, self.alibi_slopes, self.sinks, self.seed,
+            options,
         )  # fmt: skip
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Inputs:
@@ -138,9 +139,9 @@ Backend = Any
 
 def run(backend: Backend, case: Case, x: Inputs) -> list[Tensor]:
     """o, lse and the gradients."""
-    arguments = x.forward_arguments()
-    o, lse = backend.forward(*arguments, case.options)
-    gradients = backend.backward(x.do, x.dlse, *arguments[:3], o, lse, *arguments[3:], case.options, case.needs)
+    call = x.call(case.options)
+    o, lse = backend.forward(call)
+    gradients = backend.backward(call, o, lse, x.do, x.dlse, case.needs)
     return [o, lse, *gradients]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hotloop.kernels.attention.options import Options, lse_dtype
+from hotloop.kernels.attention.options import Call, lse_dtype
 from hotloop.kernels.dispatch import Backend
 from hotloop.kernels.extension import loaded, missing
 from hotloop.kernels.workspace import workspace
@@ -14,7 +14,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNBOUNDED = 1 << 30
 
 
-def supports(q: Tensor, *_: object, **__: object) -> str | None:
+def supports(call: Call, needs_dlse: bool) -> str | None:
+    q = call.q
     if q.device.type != "cpu":
         return f"runs on the CPU, q is on {q.device}"
     if q.dtype not in DTYPES:
@@ -22,46 +23,23 @@ def supports(q: Tensor, *_: object, **__: object) -> str | None:
     return missing()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    o = q.new_empty(q.shape)
-    heads = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
-    lse = q.new_empty(heads, dtype=lse_dtype(q.dtype))
-    call = _Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options, o, lse)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    o = call.q.new_empty(call.q.shape)
+    lse = call.q.new_empty(call.lse_shape, dtype=lse_dtype(call.q.dtype))
+    given = _Arguments(call, o, lse)
     kernels, threads = loaded(), torch.get_num_threads()
-    room = _room(kernels.attention_forward_workspace(call.problem, threads))
-    kernels.attention_forward(call.problem, call.numbers, room.data_ptr(), threads)
+    room = _room(kernels.attention_forward_workspace(given.problem, threads))
+    kernels.attention_forward(given.problem, given.numbers, room.data_ptr(), threads)
     return o, lse
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    needs: list[bool],
+    call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options, o.contiguous(), lse)
+    q, k, v, *_ = call
+    given = _Arguments(call, o.contiguous(), lse)
     dq, dk, dv = (x.new_empty(x.shape if needed else 0) for x, needed in zip((q, k, v), needs[:3], strict=True))
-    per_head = (call.segments, q.shape[-2])
+    per_head = (given.segments, q.shape[-2])
     dalibi_slopes, dsinks = (
         q.new_empty(per_head, dtype=lse.dtype) if needed else q.new_empty(0) for needed in needs[3:]
     )
@@ -69,33 +47,21 @@ def backward(
     results = [
         x.data_ptr() if needed else 0 for x, needed in zip((dq, dk, dv, dalibi_slopes, dsinks), needs, strict=True)
     ]
-    gradients = [*call.strided(do), _address(dlse), *results]
+    gradients = [*given.strided(do), _address(dlse), *results]
     kernels, threads = loaded(), torch.get_num_threads()
-    room = _room(kernels.attention_backward_workspace(call.problem, threads))
-    kernels.attention_backward(call.problem, gradients, call.numbers, room.data_ptr(), threads)
-    if needs[3] and alibi_slopes is not None and alibi_slopes.dim() == 1:
+    room = _room(kernels.attention_backward_workspace(given.problem, threads))
+    kernels.attention_backward(given.problem, gradients, given.numbers, room.data_ptr(), threads)
+    if needs[3] and call.alibi_slopes is not None and call.alibi_slopes.dim() == 1:
         dalibi_slopes = dalibi_slopes.sum(0)
     return dq, dk, dv, dalibi_slopes, dsinks.sum(0) if needs[4] else dsinks
 
 
-class _Call:
+class _Arguments:
     """The numbers of `Problem` and `Numbers` in csrc/attention/attention.h, and the tensors that they point into."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sinks: Tensor | None,
-        seed: Tensor | None,
-        options: Options,
-        o: Tensor,
-        lse: Tensor,
-    ):
-        self.packed = cu_seqlens_q is not None
+    def __init__(self, call: Call, o: Tensor, lse: Tensor):
+        q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options = call
+        self.packed = call.is_packed
         self.segments = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         q, k, v = (_unit_stride(x) for x in (q, k, v))
         per_head = [None if x is None else x.contiguous() for x in (alibi_slopes, sinks)]

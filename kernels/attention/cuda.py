@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hotloop.kernels import gpu
 from hotloop.kernels.attention import triton
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call
 from hotloop.kernels.cuda import Launch, supports_device
 from hotloop.kernels.dispatch import Backend
 
@@ -62,26 +62,17 @@ def tiling(D: int, shared_memory: int) -> Tiling:
     return fitting[0] if fitting else TILINGS[D][-1]
 
 
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    options: Options,
-    needs_dlse: bool,
-) -> str | None:
+def supports(call: Call, needs_dlse: bool) -> str | None:
+    q, k, v, options = call.q, call.k, call.v, call.options
     if q.dtype not in DTYPES:
         return f"takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] not in TILINGS:
         return f"head_dim {q.shape[-1]}: takes {' and '.join(map(str, TILINGS))}"
     if options.dropout_p > 0:
         return "has no dropout"
-    if alibi_slopes is not None:
+    if call.alibi_slopes is not None:
         return "has no alibi_slopes"
-    if sinks is not None:
+    if call.sinks is not None:
         return "has no sinks"
     if not all(_SMALLEST <= x <= 1 / _SMALLEST for x in (options.scale, options.softcap or 1.0)):
         return f"scale {options.scale} and softcap {options.softcap}: takes {_SMALLEST} to {1 / _SMALLEST}"
@@ -89,43 +80,26 @@ def supports(
         return f"positions times heads of q, and positions of k, must be below {_LARGEST}"
     lacking = supports_device(q.device) or gpu.lacking(q.device.index)
     if lacking is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        lacking = triton.supports(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, options, needs_dlse
-        )  # fmt: skip
+        lacking = triton.supports(call, needs_dlse)
         lacking = None if lacking is None else f"gradients are computed by backend triton, which {lacking}"
     return lacking
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    *batch, Tq, Hq, _ = q.shape
-    o = q.new_empty(q.shape)
-    lse = q.new_empty((*batch, Hq, Tq), dtype=torch.float32)
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    o = call.q.new_empty(call.q.shape)
+    lse = call.q.new_empty(call.lse_shape, dtype=torch.float32)
     if o.numel() > 0:
-        launch(q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, options, shared_memory(q.device)).run(q.device)
+        launch(call, o, lse, shared_memory(call.q.device)).run(call.q.device)
     return o, lse
 
 
 def launch(
-    q: Tensor,  # (B, Tq, Hq, D) or (total_q, Hq, D)
-    k: Tensor,  # (B, Tk, Hk, D) or (total_k, Hk, D)
-    v: Tensor,  # as k
-    cu_seqlens_q: Tensor | None,  # (S + 1,)
-    cu_seqlens_k: Tensor | None,  # (S + 1,)
+    call: Call,
     o: Tensor,  # as q, contiguous
     lse: Tensor,  # (B, Hq, Tq) or (Hq, total_q), contiguous
-    options: Options,
     shared_memory: int,
 ) -> Launch:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *_, options = call
     q, k, v = aligned(q), aligned(k), aligned(v)
     Tq, Hq, D = q.shape[-3:]
     Tk, Hk = k.shape[-3:-1]

@@ -22,7 +22,7 @@ from hotloop.kernels.attention.arguments import (
     per_head,
     seed_tensor,
 )
-from hotloop.kernels.attention.options import Options, lse_dtype
+from hotloop.kernels.attention.options import Call, Options, lse_dtype
 from hotloop.kernels.autograd import first_order
 from hotloop.kernels.dispatch import Table
 
@@ -73,7 +73,7 @@ def _forward(
         else:
             _check_boundaries("k", cu_seqlens_k, k.shape[0], options.max_seqlen_k)
     with _without_autocast(q.device.type):
-        return TABLE[backend].forward(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options)
+        return TABLE[backend].forward(Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options))
 
 
 def _backward(
@@ -95,9 +95,9 @@ def _backward(
     function = TABLE[backend].backward
     assert function is not None
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    shared = (q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, Options(*fields))
+    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, Options(*fields))
     with _without_autocast(q.device.type):
-        return function(do, dlse, *shared, list(needs))
+        return function(call, o, lse, do, dlse, list(needs))
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -395,7 +395,7 @@ def _attention(
     # One tensor in two argument places would be an alias that compiled graphs may merge or refuse; views are distinct.
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
-    backend = TABLE.choose(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, options, needs_dlse)
+    backend = TABLE.choose(Call(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options), needs_dlse)
     o, lse = ops.attention_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed,
         options.max_seqlen_q, options.max_seqlen_k, options.window_left, options.window_right, options.scale,

@@ -3,11 +3,11 @@
 Letters: B batch, S segments (documents of a packed batch), Tq and Tk positions of q and k, Hq and Hk heads (Hk divides
 Hq), D head dimension. Dense tensors are (B, T, H, D); packed ones (total, H, D) with `cu_seqlens` (S + 1,) int32.
 
-A backend is two functions, in the argument order of the ops in `op.py`:
+A backend is three functions
 
-    forward(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options) -> o, lse
-    backward(do, dlse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options, needs)
-        -> dq, dk, dv, dalibi_slopes, dsinks
+    supports(call, needs_dlse) -> None, or the reason why not
+    forward(call) -> o, lse
+    backward(call, o, lse, do, dlse, needs) -> dq, dk, dv, dalibi_slopes, dsinks
 
 with both cu_seqlens None for dense calls, o in the shape and dtype of q, lse (B, Hq, Tq) or (Hq, total) in
 `lse_dtype(q.dtype)`, dlse None or like lse, and `needs` five booleans: a gradient that is not needed is returned as
@@ -17,8 +17,10 @@ with both cu_seqlens None for dense calls, o in the shape and dtype of q, lse (B
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,29 @@ class Options:
     softcap: float
     """0: none."""
     dropout_p: float
+
+
+class Call(NamedTuple):
+    """The tensors and options of a call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    options: Options
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        *batch, T, Hq, _ = self.q.shape
+        return (*batch, Hq, T)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hotloop.kernels import gpu
-from hotloop.kernels.attention.options import Options, first_visible_query, lse_dtype
+from hotloop.kernels.attention.options import Call, Options, first_visible_query, lse_dtype
 from hotloop.kernels.attention.segments import Run, plan
 from hotloop.kernels.dispatch import Backend
 
@@ -29,22 +29,13 @@ backward of 2,048 positions, causal, one Zen 4 thread, H = 6, D = 64: 2.4 for 16
 128, 1.1 for 208, 0.96 for 256, 0.86 for 512, 0.75 for 1,024; without a mask the same within 0.1 from 96 keys on."""
 
 
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    options: Options,
-    needs_dlse: bool,
-) -> str | None:
+def supports(call: Call, needs_dlse: bool) -> str | None:
+    q, options = call.q, call.options
     if options.softcap > 0:
         return "PyTorch's kernels have no softcap"
-    if alibi_slopes is not None:
+    if call.alibi_slopes is not None:
         return "PyTorch's kernels have no gradient for alibi_slopes"
-    if sinks is not None:
+    if call.sinks is not None:
         return "PyTorch's kernels have no sinks"
     if options.dropout_p > 0:
         return "PyTorch's kernels draw another dropout mask than the one that `seed` defines"
@@ -62,17 +53,8 @@ def supports(
     return gpu.lacking(q.device.index)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *_, options = call
     if q.device.type != "cpu":
         return _cuda_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
     q, k, v = _for_gemm(q), _for_gemm(k), _for_gemm(v)
@@ -83,21 +65,9 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    needs: list[bool],
+    call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *_, options = call
     D = q.shape[-1]
     if dlse is not None:
         q, k, v, o, do = _fold_dlse(q, k, v, o, do, dlse, lse)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hotloop.kernels.attention.options import Options, lse_dtype
+from hotloop.kernels.attention.options import Call, Options, lse_dtype
 from hotloop.kernels.dispatch import Backend
 from hotloop.kernels.philox import MASK_32, philox_4x32_10
 
@@ -213,17 +213,8 @@ def _segment_alibi(alibi_slopes: Tensor | None, ordinal: int) -> Tensor | None:
     return alibi_slopes[ordinal : ordinal + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options = call
     if cu_seqlens_q is None or cu_seqlens_k is None:
         batch = torch.arange(q.shape[0], device=q.device)
         block = _block(q, k, v, q.shape[1], k.shape[1], batch, alibi_slopes, sinks, seed, options)
@@ -267,21 +258,9 @@ def _segment_block(
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    needs: list[bool],
+    call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, sinks, seed, options = call
     dtype, Hk = lse_dtype(q.dtype), k.shape[-2]
     dalibi: Tensor | None = None
     dsinks: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hotloop.kernels import gpu
 from hotloop.kernels.attention import config, tune
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call
 from hotloop.kernels.dispatch import Backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,17 +22,8 @@ MOST_STRIDE = 2**22
 DELTA_ROWS, SUM_ROWS = 32, 1024
 
 
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    options: Options,
-    needs_dlse: bool,
-) -> str | None:
+def supports(call: Call, needs_dlse: bool) -> str | None:
+    q, k, *_ = call
     if find_spec("triton") is None:
         return "needs triton, which is not installed: pip install 'hotloop[triton]'"
     if q.device.type != "cuda":
@@ -44,22 +35,19 @@ def supports(
     return gpu.lacking(q.device.index)
 
 
-@dataclass(frozen=True)
 class Problem:
     """What a call's tensors and options mean to the kernels, derived once for all of them."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    alibi_slopes: Tensor | None
-    seed: Tensor | None
-    options: Options
+    def __init__(self, call: Call):
+        def dense(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.contiguous()
 
-    @property
-    def is_packed(self) -> bool:
-        return self.cu_seqlens_q is not None
+        q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, _, self.seed, self.options = call
+        self.q = _rows(q)
+        self.k, self.v = (x if abs(x.stride(-3)) < MOST_STRIDE else x.contiguous() for x in (_rows(k), _rows(v)))
+        self.alibi_slopes = dense(alibi_slopes)
+        self.cu_seqlens_q, self.cu_seqlens_k = dense(cu_seqlens_q), dense(cu_seqlens_k)
+        self.is_packed = call.is_packed
 
     @property
     def segments(self) -> int:
@@ -133,50 +121,26 @@ def run(on: Tensor, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any
         kernel[grid](**arguments)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     from hotloop.kernels.attention.triton_forward import forward_kernel
 
-    o = q.new_empty(q.shape)
-    shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
-    lse = q.new_empty(shape, dtype=torch.float32)
-    problem = _problem(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options)
-    sinks = None if sinks is None else sinks.contiguous()
-    problem.launch(forward_kernel, "forward", o=o, lse=lse, sinks=sinks, HAS_SINKS=sinks is not None)
+    o = call.q.new_empty(call.q.shape)
+    lse = call.q.new_empty(call.lse_shape, dtype=torch.float32)
+    sinks = None if call.sinks is None else call.sinks.contiguous()
+    Problem(call).launch(forward_kernel, "forward", o=o, lse=lse, sinks=sinks, HAS_SINKS=sinks is not None)
     return o, lse
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-    needs: list[bool],
+    call: Call, o: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from hotloop.kernels.attention.triton_backward import dkdv_kernel, dq_kernel
 
+    q, k, v, cu_seqlens_q, _, alibi_slopes, sinks, _, options = call
     needs_dq, needs_dk, needs_dv, needs_dalibi, needs_dsinks = needs
     dq, dk, dv = (x.new_empty(x.shape if n else 0) for x, n in zip((q, k, v), needs, strict=False))
     delta, dalibi, dsinks = None, q.new_empty(0), q.new_empty(0)
-    problem = _problem(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options)
+    problem = Problem(call)
     do, o, lse = _rows(do), o.contiguous(), lse.contiguous()
     if needs_dq or needs_dk or needs_dalibi or needs_dsinks:
         delta, dsinks = _delta(problem, do, dlse, o, lse, sinks if needs_dsinks else None)
@@ -228,22 +192,6 @@ def _sum_rows(rows: Tensor, cu_seqlens: Tensor | None, alibi_slopes: Tensor) -> 
     arguments = {"x": rows, "cu_seqlens": cu_seqlens, "sums": sums, "T": rows.shape[-1], "BLOCK": SUM_ROWS}
     run(rows, segment_sums_kernel, tuple(sums.shape), {**arguments, "enable_fp_fusion": False})
     return sums
-
-
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    options: Options,
-) -> Problem:
-    k, v = (x if abs(x.stride(-3)) < MOST_STRIDE else x.contiguous() for x in (_rows(k), _rows(v)))
-    alibi_slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
-    cu_seqlens_q, cu_seqlens_k = (None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
-    return Problem(_rows(q), k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, options)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from hotloop.kernels import gpu
 from hotloop.kernels.attention import config
 from hotloop.kernels.attention.config import Tile
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call, Options
 
 Timer = Callable[[Callable[[], Any]], float]
 """Milliseconds of a call."""
@@ -144,14 +144,14 @@ def tune(
     B, T, Hq, Hk = shape
     q, do = (torch.randn(B, T, Hq, D, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(B, T, Hk, D, device=device, dtype=dtype) for _ in range(2))
-    options, none = Options(T, T, -1, 0, D**-0.5, 0.0, 0.0), (None,) * 5
-    o, lse = triton.forward(q, k, v, *none, options)
+    attention = Call(q, k, v, None, None, None, None, None, Options(T, T, -1, 0, D**-0.5, 0.0, 0.0))
+    o, lse = triton.forward(attention)
 
     def gradients(*needs: bool) -> tuple[Tensor, ...]:
-        return triton.backward(do, None, q, k, v, o, lse, *none, options, [*needs, False, False])
+        return triton.backward(attention, o, lse, do, None, [*needs, False, False])
 
     calls = {
-        "forward": lambda: triton.forward(q, k, v, *none, options),
+        "forward": lambda: triton.forward(attention),
         "dkdv": lambda: gradients(False, True, True),
         "dq": lambda: gradients(True, False, False),
     }

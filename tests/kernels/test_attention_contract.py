@@ -20,7 +20,7 @@ from hotloop.kernels.attention import (
 )
 from hotloop.kernels.attention.arguments import assert_cu_seqlens
 from hotloop.kernels.attention.op import TABLE, ops
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call, Options
 from hotloop.kernels.dispatch import BackendError, use_backend
 
 BACKENDS = ("cpu", "torch", "reference")
@@ -352,13 +352,13 @@ def test_cuda_adapter_fits_the_signatures_of_aten(varlen: bool) -> None:
     k = torch.empty((8, 2, 16) if varlen else (3, 8, 2, 16), dtype=torch.bfloat16, device="meta")
     cu_q, cu_k = (torch.empty(4, dtype=torch.int32, device="meta") if varlen else None for _ in range(2))
     for left, right in ((-1, 0), (-1, -1), (2, 1)):
-        options = Options(6, 8, left, right, 0.25, 0.0, 0.0)
-        o, lse = platform.forward(q, k, k, cu_q, cu_k, None, None, None, options)
+        call = Call(q, k, k, cu_q, cu_k, None, None, None, Options(6, 8, left, right, 0.25, 0.0, 0.0))
+        o, lse = platform.forward(call)
         assert (o.shape, o.dtype, lse.dtype) == (q.shape, q.dtype, torch.float32)
         assert lse.shape == ((4, 6) if varlen else (3, 4, 6))
         needs = [True, False, True, False, False]
         for dlse in (None, torch.empty_like(lse)):
-            gradients = platform.backward(o, dlse, q, k, k, o, lse, cu_q, cu_k, None, None, None, options, needs)
+            gradients = platform.backward(call, o, lse, o, dlse, needs)
             assert [tuple(x.shape) for x in gradients] == [tuple(q.shape), (0,), tuple(k.shape), (0,), (0,)]
 
 
@@ -384,16 +384,17 @@ def test_choice_and_reasons() -> None:
         attention(q, k, v)
     with use_backend("cpu"), pytest.raises(BackendError, match="takes float32, bfloat16 and float16"):
         attention(q.double(), k.double(), v.double())
-    call = (q, k, v, None, None, None, None, Options(4, 4, -1, -1, 1.0, 0.0, 0.0))
-    assert TABLE.choose(*call, needs_dlse=True).name == "cpu"
-    options = Options(4, 4, -1, -1, 1.0, 0.0, 0.0)
+    none, options = (None,) * 5, Options(4, 4, -1, -1, 1.0, 0.0, 0.0)
+    assert TABLE.choose(Call(q, k, v, *none, options), needs_dlse=True).name == "cpu"
     with FakeTensorMode():
         wide = torch.empty(1, 4, 2, 256, dtype=torch.bfloat16, device="cuda")
-        call = (wide, wide, wide, None, None, None, None, options)
-        assert "8 of which the gradient of lse needs" in str(platform.supports(*call, needs_dlse=True))
+        call = Call(wide, wide, wide, *none, options)
+        assert "8 of which the gradient of lse needs" in str(platform.supports(call, needs_dlse=True))
         single = wide.float()
-        assert "not torch.float32" in str(platform.supports(single, single, single, *call[3:], needs_dlse=False))
-        assert platform.supports(*call, needs_dlse=False) is None or not torch.cuda.is_available()
+        assert "not torch.float32" in str(
+            platform.supports(Call(single, single, single, *none, options), needs_dlse=False)
+        )
+        assert platform.supports(call, needs_dlse=False) is None or not torch.cuda.is_available()
 
 
 def test_a_gradient_penalty_is_refused():

@@ -13,7 +13,7 @@ from torch import Tensor
 from hotloop.kernels import _C
 from hotloop.kernels.attention import attention, attention_varlen_with_lse, attention_with_lse, cpu
 from hotloop.kernels.attention.op import ops
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call, Options
 from hotloop.kernels.attention.reference import dropout_keep
 from hotloop.kernels.dispatch import BackendError, use_backend
 from hotloop.kernels.testing import assert_no_worse
@@ -191,7 +191,7 @@ def test_nothing_is_read_or_written_outside(instruction_set: str) -> None:
         o, lse = room[64:-64].view(T, H, D), lse_room[64:-64].view(H, T)
         cu_seqlens = torch.tensor([0, 20, 35], dtype=torch.int32)
         options = Options(T, T, -1, 0, 0.2, 0.0, 0.0)
-        call = cpu._Call(q, k, v, cu_seqlens, cu_seqlens, None, None, None, options, o, lse)
+        call = cpu._Arguments(Call(q, k, v, cu_seqlens, cu_seqlens, None, None, None, options), o, lse)
         workspace = torch.empty(_C.attention_forward_workspace(call.problem, 1), dtype=torch.uint8)
         _C.attention_forward(call.problem, call.numbers, workspace.data_ptr(), 1)
         assert o.isfinite().all()
@@ -247,7 +247,8 @@ def test_values_at_the_ends() -> None:
 def test_memory_is_linear_in_the_length() -> None:
     def sizes(T: int) -> list[int]:
         x = torch.empty(1, 1, 2, 64).expand(1, T, 2, 64)
-        call = cpu._Call(x, x, x, None, None, None, None, None, Options(T, T, -1, 0, 1.0, 0.0, 0.0), x, x)
+        options = Options(T, T, -1, 0, 1.0, 0.0, 0.0)
+        call = cpu._Arguments(Call(x, x, x, None, None, None, None, None, options), x, x)
         return [f(call.problem, 2) for f in (_C.attention_forward_workspace, _C.attention_backward_workspace)]
 
     bytes_of_q = 65_536 * 2 * 64 * 4
@@ -261,4 +262,5 @@ def test_other_devices_and_dtypes_are_refused() -> None:
         x = torch.zeros(1, 2, 1, 8)
         with pytest.raises(BackendError, match="takes float32, bfloat16 and float16"):
             attention(x.double(), x.double(), x.double())
-        assert cpu.supports(x.to("meta")) == "runs on the CPU, q is on meta"
+        elsewhere = Call(*[x.to("meta")] * 3, None, None, None, None, None, Options(2, 2, -1, -1, 1.0, 0.0, 0.0))
+        assert cpu.supports(elsewhere, False) == "runs on the CPU, q is on meta"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hotloop.kernels import gpu
 from hotloop.kernels.attention import attention, attention_varlen_with_lse, attention_with_lse, cuda, reference
-from hotloop.kernels.attention.options import Options
+from hotloop.kernels.attention.options import Call, Options
 from hotloop.kernels.cuda import Launch
 from hotloop.kernels.dispatch import BackendError, use_backend
 from hotloop.kernels.testing import assert_no_worse
@@ -92,7 +92,7 @@ def options_of(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, cu: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
     cu_q, cu_k = cu or (None, None)
-    return cuda.forward(q, k, v, cu_q, cu_k, None, None, None, options)
+    return cuda.forward(Call(q, k, v, cu_q, cu_k, None, None, None, options))
 
 
 def visible(Tq: int, Tk: int, options: Options) -> Tensor:  # (Tq, Tk)
@@ -118,8 +118,8 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options, o: Tensor, lse: Tensor) -> None:
     """o against PyTorch's in its dtype, lse against the formula in fp32."""
     none = (None,) * 5
-    truth = reference.forward(*(x.double() for x in (q, k, v)), *none, options)
-    single = reference.forward(*(x.float() for x in (q, k, v)), *none, options)
+    truth = reference.forward(Call(*(x.double() for x in (q, k, v)), *none, options))
+    single = reference.forward(Call(*(x.float() for x in (q, k, v)), *none, options))
     assert o.is_contiguous()
     assert_no_worse(o, pytorch(q, k, v, options), truth[0], name="o", ulps=4)
     assert_no_worse(lse, single[1], truth[1], name="lse", ulps=16)
@@ -418,7 +418,7 @@ def test_longest_tiles_come_first(monkeypatch):
     monkeypatch.setattr(cuda, "_L2_BYTES", 2 * 2 * T * 64 * 2)
     o, lse = torch.full_like(q, math.nan), torch.full((1, H, T), math.nan)
     for ctas, written in ((2, [(0, 256), (1, 256)]), (6, [(0, 0), (1, 0)]), (8, [(0, 0), (1, 0), (2, 256), (3, 256)])):
-        launch = cuda.launch(q, k, v, None, None, o, lse, options, A100)
+        launch = cuda.launch(Call(q, k, v, *[None] * 5, options), o, lse, A100)
         with emulated():
             replace(launch, grid=(ctas, 1)).run(q.device)
         first = [(~lse[0, h].isnan()).nonzero()[:1].flatten().tolist() for h in range(H)]
@@ -437,7 +437,7 @@ def test_accuracy_on_this_gpu(dtype, D, mask):
         q, k, v = draw_qkv(*size, heads, D, dtype)
         options = options_of(q, k, **mask)
         there = [x.cuda() for x in (q, k, v)]
-        reason = cuda.supports(*there, None, None, None, None, options, False)
+        reason = cuda.supports(Call(*there, *[None] * 5, options), False)
         if reason is not None:
             pytest.skip(reason)
         results = [forward(*there, options) for _ in range(3)]
@@ -458,10 +458,11 @@ def test_launches_are_data():
     q, k, v = (torch.empty(4, 8192, H, 128, dtype=BF16, device="meta") for H in (32, 8, 8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "aligned", lambda x: x)
-        launch = cuda.launch(q, k, v, None, None, q, q, options_of(q, k), A100)
+        launch = cuda.launch(Call(q, k, v, *[None] * 5, options_of(q, k)), q, q, A100)
         packed = [x.flatten(0, 1) for x in (q, k, v)]
         boundaries = torch.empty(11, dtype=torch.int32, device="meta")
-        of_documents = cuda.launch(*packed, boundaries, boundaries, q, q, options_of(q, k), A100)
+        call = Call(*packed, boundaries, boundaries, None, None, None, options_of(q, k))
+        of_documents = cuda.launch(call, q, q, A100)
     assert launch.kernel == "attention_forward_bf16_d128_keys64_stages3"
     assert launch.grid == (4 * 8 * 8192 * 4 // 128, 1)
     assert launch.shared == 2 * 128 * (128 + 3 * 64)
@@ -474,7 +475,7 @@ def test_reasons():
     none: tuple[Any, ...] = (None,) * 4
 
     def reason(*tensors: Tensor, rest: tuple[Any, ...] = none, **changes: Any) -> str:
-        return str(cuda.supports(*tensors, *rest, Options(**{**vars(options), **changes}), False))
+        return str(cuda.supports(Call(*tensors, *rest, None, replace(options, **changes)), False))
 
     assert "not torch.float32" in reason(q.float(), k.float(), v.float())
     assert "head_dim 32: takes 64 and 128" in reason(q[..., :32], k[..., :32], v[..., :32])

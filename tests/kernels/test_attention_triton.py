@@ -25,6 +25,7 @@ from hotloop.kernels import gpu
 from hotloop.kernels.attention import attention, config, platform, triton
 from hotloop.kernels.attention.cases import NAMES, Case, check, draw, run
 from hotloop.kernels.attention.config import Tile
+from hotloop.kernels.attention.options import Call
 from hotloop.kernels.dispatch import BackendError, use_backend
 from hotloop.kernels.testing import LAYOUTS
 
@@ -136,14 +137,14 @@ def interpret_needs() -> None:
     """A gradient alone has the bits that it has among all, costs its own kernels alone, and the others are empty."""
     case = Case(40, 40, D=8, right=0, alibi=1, sinks=True)
     x, expected = draw(case, torch.float32), {}
-    arguments = x.forward_arguments()
+    call = x.call(case.options)
     delta, dkdv, dq = "delta_kernel", "dkdv_kernel", "dq_kernel"
     costs: tuple[list[str], ...] = ([delta, dkdv, dq], [delta, dq], [delta, dkdv], [dkdv], [delta, dq], [delta], [])
     with patch.object(config, "tile", lambda *_: tile(BLOCKS[0], 8)):
-        o, lse = triton.forward(*arguments, case.options)
+        o, lse = triton.forward(call)
         for which, kernels in zip((None, 0, 1, 2, 3, 4, 5), costs, strict=True):
             needs, watched = [which in (None, i) for i in range(5)], Watched()
-            found = watched.backward(x.do, x.dlse, *arguments[:3], o, lse, *arguments[3:], case.options, needs)
+            found = watched.backward(call, o, lse, x.do, x.dlse, needs)
             assert watched.launched == kernels, (which, watched.launched)
             if which is None:
                 expected = dict(enumerate(found))
@@ -239,7 +240,7 @@ def test_windows_that_reach_past_everything_are_none() -> None:
     q = torch.zeros(1, 10, 2, 8)
     for left, right, expected in ((9, 9, (-1, -1)), (8, 8, (8, 8)), (2**31 - 1, 0, (-1, 0)), (-1, -1, (-1, -1))):
         options = Case(10, 10, left=left, right=right).options
-        arguments = triton.Problem(q, q, q, None, None, None, None, options).arguments()
+        arguments = triton.Problem(Call(q, q, q, *[None] * 5, options)).arguments()
         assert (arguments["window_left"], arguments["window_right"]) == expected
         assert (arguments["HAS_LEFT"], arguments["HAS_RIGHT"]) == tuple(side >= 0 for side in expected)
 
@@ -249,7 +250,7 @@ def test_windows_that_reach_past_everything_are_none() -> None:
 
 def test_it_says_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(x: Tensor) -> str:
-        return triton.supports(x, x, x, None, None, None, None, Case(4, 4).options, False) or ""
+        return triton.supports(Call(x, x, x, *[None] * 5, Case(4, 4).options), False) or ""
 
     x = torch.zeros(1, 4, 1, 8)
     if triton.find_spec("triton") is not None:
