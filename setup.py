@@ -89,7 +89,7 @@ def library_folders(nvcc):
 extension = Pybind11Extension(
     "hotloop.kernels._C",
     sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
-    depends=[file for kind in ("h", "inl", "cu") for file in glob(f"csrc/**/*.{kind}", recursive=True)],
+    depends=[file for kind in ("h", "inl", "cu", "cuh") for file in glob(f"csrc/**/*.{kind}", recursive=True)],
     include_dirs=["csrc"],
     cxx_std=17,
     # -ffp-contract=off: the optimizers promise the same bits on every backend.

@@ -12,13 +12,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__x86_64__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 says it of its own header, bug 105593
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
 
 namespace hotloop::attention {
 
@@ -32,30 +25,11 @@ struct Kernels {
   int64_t (*backward_scratch)(const Call&);
 };
 
-#define HOTLOOP_SIMD_WIDTH 4
-namespace baseline {
-#include "attention/kernels.inl"
-}
-#undef HOTLOOP_SIMD_WIDTH
+#define HOTLOOP_KERNELS "attention/kernels.inl"
+#include "common/each_target.inl"
 
 #if defined(__x86_64__)
-#define HOTLOOP_SIMD_WIDTH 8
-HOTLOOP_TARGET_BEGIN("avx2,fma")
-HOTLOOP_CONTRACT
-namespace avx2 {
-#include "attention/kernels.inl"
-}
-HOTLOOP_TARGET_END
-#undef HOTLOOP_SIMD_WIDTH
-
 #define HOTLOOP_SIMD_WIDTH 16
-HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
-HOTLOOP_CONTRACT
-namespace avx512 {
-#include "attention/kernels.inl"
-}
-HOTLOOP_TARGET_END
-
 #define HOTLOOP_BF16
 HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 HOTLOOP_CONTRACT

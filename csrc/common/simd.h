@@ -1,14 +1,7 @@
 // Vectors of floats by the compiler's own vector types: one source, compiled once for each instruction set.
 //
-// This file has no include guard on purpose. The .cpp of an op includes its kernel once inside each of
-//
-//   #define HOTLOOP_SIMD_WIDTH 16  // floats in a vector
-//   HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
-//   HOTLOOP_CONTRACT
-//   namespace avx512 { ... }
-//   HOTLOOP_TARGET_END
-//
-// and the kernel includes this file. See csrc/common/targets.h for the macros and the choice at run time.
+// This file has no include guard on purpose: the kernels of an op include it, and common/each_target.inl compiles those
+// once for each instruction set. See common/targets.h for the choice at run time.
 //
 // Products and sums are contracted to fma where the instruction set has it: kernels that promise the same bits
 // everywhere do not use this file.

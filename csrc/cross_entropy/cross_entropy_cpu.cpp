@@ -15,31 +15,8 @@ namespace {
 constexpr int64_t FETCHED_ROW = 256 << 10;
 }  // namespace
 
-#define HOTLOOP_SIMD_WIDTH 4
-namespace baseline {
-#include "cross_entropy/rows.inl"
-}
-#undef HOTLOOP_SIMD_WIDTH
-
-#if defined(__x86_64__)
-#define HOTLOOP_SIMD_WIDTH 8
-HOTLOOP_TARGET_BEGIN("avx2,fma")
-HOTLOOP_CONTRACT
-namespace avx2 {
-#include "cross_entropy/rows.inl"
-}
-HOTLOOP_TARGET_END
-#undef HOTLOOP_SIMD_WIDTH
-
-#define HOTLOOP_SIMD_WIDTH 16
-HOTLOOP_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,fma")
-HOTLOOP_CONTRACT
-namespace avx512 {
-#include "cross_entropy/rows.inl"
-}
-HOTLOOP_TARGET_END
-#undef HOTLOOP_SIMD_WIDTH
-#endif
+#define HOTLOOP_KERNELS "cross_entropy/rows.inl"
+#include "common/each_target.inl"
 
 namespace {
 

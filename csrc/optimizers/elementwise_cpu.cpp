@@ -6,14 +6,6 @@
 
 #include "common/targets.h"
 
-#if defined(__x86_64__)
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 says it of its own header, bug 105593
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
-
 // The compiler contracts nothing: all of them give the same bits.
 namespace hotloop::optimizers {
 
