@@ -19,6 +19,7 @@ from hotloop.engine.commands.doctor import Doctor
 from hotloop.kernels import selfcheck
 from hotloop.kernels.attention import reference
 from hotloop.kernels.attention.op import TABLE as ATTENTION
+from hotloop.kernels.attention.options import Call
 from hotloop.kernels.cross_entropy.contract import Options
 from hotloop.kernels.cross_entropy.linear import RECOMPUTE
 from hotloop.kernels.cross_entropy.op import CROSS_ENTROPY
@@ -78,27 +79,29 @@ def test_chosen_is_what_the_table_chooses(outcomes: list[Outcome]) -> None:
     assert any(o.backend == "torch" and o.detail == "PyTorch's kernels have no softcap" for o in not_served)
 
 
+def with_options(call: Call, **changes: Any) -> Call:
+    return call._replace(options=dataclasses.replace(call.options, **changes))
+
+
 # Each is a way in which kernels go wrong, small enough to pass a glance at the numbers.
 
 
-def one_key_too_far(q: Any, *rest: Any) -> Any:
-    *tensors, options = rest
-    return reference.forward(q, *tensors, dataclasses.replace(options, window_right=options.window_right + 1))
+def one_key_too_far(call: Call) -> Any:
+    return reference.forward(with_options(call, window_right=call.options.window_right + 1))
 
 
-def last_row_lost(q: Any, *rest: Any) -> Any:
-    o, lse = reference.forward(q, *rest)
+def last_row_lost(call: Call) -> Any:
+    o, lse = reference.forward(call)
     o.reshape(-1, o.shape[-1])[-1] = 0
     return o, lse
 
 
-def scale_off_by_a_tenth(q: Any, *rest: Any) -> Any:
-    *tensors, options = rest
-    return reference.forward(q, *tensors, dataclasses.replace(options, scale=options.scale * 1.1))
+def scale_off_by_a_tenth(call: Call) -> Any:
+    return reference.forward(with_options(call, scale=call.options.scale * 1.1))
 
 
-def one_nan(q: Any, *rest: Any) -> Any:
-    o, lse = reference.forward(q, *rest)
+def one_nan(call: Call) -> Any:
+    o, lse = reference.forward(call)
     o.view(-1)[7] = float("nan")
     return o, lse
 
