@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hotloop.engine.config import Recipe, from_dict
+from hotloop.engine.config import Recipe
 from hotloop.engine.data.batches import Batch
+from hotloop.engine.recipe import from_dict
 from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.throughput import step_flops
 from hotloop.engine.train.training import Training

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from hotloop.engine.checkpointed import load_run
 from hotloop.engine.commands.demo import HELD_OUT_BYTES, SEED
-from hotloop.engine.config import Recipe, load_recipe
+from hotloop.engine.config import Recipe
 from hotloop.engine.data.shards import Corpus
 from hotloop.engine.files import write_file
+from hotloop.engine.recipe import load_recipe
 from hotloop.engine.train.environment import environment
 from hotloop.engine.train.evaluate import evaluate
 from hotloop.engine.train.pretrain import pretrain

@@ -11,10 +11,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from hotloop.engine.config import Recipe, from_dict, load_toml
+from hotloop.engine.config import Recipe
 from hotloop.engine.data.tokenizer import tokenizer_hash
 from hotloop.engine.errors import UserError
 from hotloop.engine.model import Transformer
+from hotloop.engine.recipe import from_dict, load_toml
 from hotloop.engine.train import checkpoint as checkpoints
 from hotloop.engine.train import precision
 from hotloop.engine.train.checkpoint import Checkpoint

@@ -40,8 +40,8 @@ class Demo:
 
     def __call__(self) -> int:
         from hotloop.engine.checkpointed import load_run
-        from hotloop.engine.config import load_recipe
         from hotloop.engine.data.shards import Corpus
+        from hotloop.engine.recipe import load_recipe
         from hotloop.engine.report import write_report
         from hotloop.engine.report.summary import verdict
         from hotloop.engine.train.environment import environment

@@ -36,8 +36,8 @@ class Pretrain:
     """Override one field of the recipe, e.g. --set train.steps=100. The value none unsets an optional field."""
 
     def __call__(self) -> int:
-        from hotloop.engine.config import load_recipe
         from hotloop.engine.errors import UserError
+        from hotloop.engine.recipe import load_recipe
         from hotloop.engine.report import write_report
         from hotloop.engine.train.environment import environment
         from hotloop.engine.train.loop import RunFailed

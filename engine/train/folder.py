@@ -14,9 +14,10 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from hotloop.engine.config import Recipe, differences, from_dict, identity, load_toml, to_toml
+from hotloop.engine.config import Recipe
 from hotloop.engine.errors import UserError
 from hotloop.engine.files import ASIDE, write_file
+from hotloop.engine.recipe import differences, from_dict, identity, load_toml, to_toml
 
 RECIPE, CONFIG, LOCK = "recipe.toml", "config.toml", ".lock"
 CORPUS = ("corpus.json", "tokenizer.json")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hotloop.engine.config import Recipe, check, from_dict
+from hotloop.engine.config import Recipe
 from hotloop.engine.data.prepare import PrepareConfig, prepare
+from hotloop.engine.recipe import check, from_dict
 
 WORDS = ["the", "a", "loss", "token", "model", "step", "gradient", "batch", "data", "learns", "adds", "scales", "falls"]
 

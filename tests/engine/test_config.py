@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hotloop.engine.config import (
-    Recipe,
+from hotloop.engine.config import Recipe
+from hotloop.engine.recipe import (  # fmt: skip
     RecipeError,
     check,
     differences,
@@ -14,7 +14,7 @@ from hotloop.engine.config import (
     load_recipe,
     to_dict,
     to_toml,
-)  # fmt: skip
+)
 
 
 def write(tmp_path, text: str):

@@ -21,7 +21,6 @@ from tokenizers import AddedToken, Tokenizer
 
 from hotloop.engine.commands import demo
 from hotloop.engine.commands.prepare import Prepare
-from hotloop.engine.config import load_recipe
 from hotloop.engine.data import documents, shards
 from hotloop.engine.data import prepare as module
 from hotloop.engine.data.files import walk
@@ -30,6 +29,7 @@ from hotloop.engine.data.prepare import PrepareConfig, Sample, prepare
 from hotloop.engine.data.shards import HEADER_BYTES, Corpus
 from hotloop.engine.data.tokenizer import train_tokenizer
 from hotloop.engine.errors import UserError
+from hotloop.engine.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ISOLATED = [sys.executable, "-I"]
@@ -362,7 +362,7 @@ COMMAND = """
 import sys, tyro
 from hotloop.engine.commands import demo
 from hotloop.engine.commands.prepare import Prepare
-from hotloop.engine.config import load_recipe
+from hotloop.engine.recipe import load_recipe
 from hotloop.engine.errors import UserError
 try:
     sys.exit(tyro.cli(Prepare)())

@@ -17,7 +17,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from hotloop.engine.config import OptimizerConfig, Recipe, TrainConfig, to_toml
+from hotloop.engine.config import OptimizerConfig, Recipe, TrainConfig
+from hotloop.engine.recipe import to_toml
 from hotloop.engine.report import write_report
 from hotloop.engine.report.curves import running_mean, short, thinned
 from hotloop.engine.report.page import duration

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hotloop.engine.config import Recipe, to_toml
+from hotloop.engine.config import Recipe
 from hotloop.engine.errors import UserError
+from hotloop.engine.recipe import to_toml
 from hotloop.engine.train import checkpoint as checkpoints
 from hotloop.engine.train.loop import RunFailed
 from hotloop.engine.train.metrics import read_metrics
@@ -25,7 +26,7 @@ from hotloop.engine.train.pretrain import pretrain
 
 PROGRAM = """
 import os, sys
-from hotloop.engine.config import load_recipe
+from hotloop.engine.recipe import load_recipe
 from hotloop.engine.train.pretrain import pretrain
 
 point, occurrence = sys.argv[3], int(sys.argv[4])
