@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hotloop.engine.config import Recipe
 from hotloop.engine.data.batches import Batch
+from hotloop.engine.objectives.causal import CausalObjective
 from hotloop.engine.recipe import from_dict
 from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.throughput import step_flops
@@ -54,6 +55,7 @@ def batch_of(vocab: int) -> Batch:
         positions=torch.arange(T).expand(B, T).contiguous(),
         document_ids=torch.arange(B, dtype=torch.int32)[:, None].expand(B, T).contiguous(),
         cu_seqlens=torch.arange(0, B * T + 1, T, dtype=torch.int32), n_supervised=B * T, n_tokens=B * T,
+        sum_squares=B * T * T,
     ).to(device())  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def plain_provider(vocab: int, batch: Batch, precision: str, compiled: bool) -> 
 
 
 def our_provider(vocab: int, batch: Batch, precision: str, compiled: bool) -> Provider:
-    training = Training(recipe_of(vocab, precision, compiled), Ranks(0, 1, device()))
+    training = Training(recipe_of(vocab, precision, compiled), Ranks(0, 1, device()), CausalObjective)
     weights = our_names(plain_model(vocab))
     own = training.model.state_dict()
     if own.keys() != weights.keys():

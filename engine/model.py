@@ -8,7 +8,7 @@ and the loss are computed in fp32 whatever that dtype is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,21 @@ class Transformer(nn.Module):
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
         return self
+
+    def load_initial(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Copy the given tensors over those of the same name. Returns the names of those that were not given.
+
+        Raises ValueError for a tensor that the model lacks or has in another shape.
+        """
+        ours = dict(self.named_parameters())
+        for name, tensor in state.items():
+            if name not in ours:
+                raise ValueError(f"the model has no tensor {name}")
+            if ours[name].shape != tensor.shape:
+                raise ValueError(f"{name}: {tuple(tensor.shape)} given, the model has {tuple(ours[name].shape)}")
+            with torch.no_grad():
+                ours[name].copy_(tensor)
+        return tuple(name for name in ours if name not in state)
 
     @property
     def head_weight(self) -> Tensor:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class Batch:
     cu_seqlens: Tensor  # (capacity + 1,) int32, segments of the flattened B*T positions; past the last one: B*T
     n_supervised: int  # targets that are not IGNORE_INDEX
     n_tokens: int  # B*T without padding
+    sum_squares: int  # over its pieces, of length^2: pairs of positions that see each other if nothing is masked
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`; the copies do not block if the batch is pinned."""
@@ -114,11 +116,28 @@ def assemble(pieces: Pieces, micro_batch: int, context: int, capacity: int, end_
         cu_seqlens=torch.from_numpy(cu_seqlens),
         n_supervised=n_tokens - n_unscored,
         n_tokens=n_tokens,
+        sum_squares=int(np.square(lengths).sum()),
     )
 
 
+class Batches(Protocol):
+    """The global batches of a run: a pure function of (seed, step), whatever the ranks and micro-batches they are cut
+    into."""
+
+    def n_supervised(self, step: int) -> int:
+        """What the summed loss of the whole global batch is divided by."""
+
+    def n_tokens(self, step: int) -> int:
+        """Tokens of the whole global batch, without padding."""
+
+    def micro_batches(
+        self, step: int, rank: int = 0, world_size: int = 1, micro_batch: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's part of the global batch; micro_batch none: all of it at once."""
+
+
 class BatchSource:
-    """The global batches of a run, cut into ranks and micro-batches.
+    """Packs of documents, cut into ranks and micro-batches.
 
     A global batch is `global_batch` packs, a pure function of (seed, step). Rank r of W takes the r-th contiguous part,
     micro-batches are contiguous parts of that: their union is the same global batch for every W and micro-batch.
@@ -237,7 +256,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        source: BatchSource,
+        source: Batches,
         start_step: int = 0,
         *,
         workers: int = 1,

@@ -432,6 +432,10 @@ class Corpus:
             )
         self.splits = {name: self._open(name, shards) for name, shards in splits.items()}
 
+    def identity(self) -> dict[str, bytes]:
+        """The files that say which corpus this is, as a run keeps them."""
+        return {path.name: path.read_bytes() for path in (self.folder / "corpus.json", self.tokenizer_path)}
+
     def split(self, name: str) -> Split:
         """ "train" or "validation"."""
         if name not in self.splits:

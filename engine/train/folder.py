@@ -2,8 +2,7 @@
 
 runs/NAME/recipe.toml     the recipe as it was given
           config.toml     the recipe as it was resolved: what this machine and corpus made of `auto` and `none`
-          corpus.json     the manifest of the corpus it reads, and
-          tokenizer.json  its tokenizer
+          corpus.json, tokenizer.json, ...   what identifies its data (`Plan.files`)
           checkpoints/ metrics.jsonl tensorboard/ report.json report.html
 """
 
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +20,6 @@ from hotloop.engine.files import ASIDE, write_file
 from hotloop.engine.recipe import differences, from_dict, identity, load_toml, to_toml
 
 RECIPE, CONFIG, LOCK = "recipe.toml", "config.toml", ".lock"
-CORPUS = ("corpus.json", "tokenizer.json")
 
 
 class RunFolder:
@@ -31,11 +30,11 @@ class RunFolder:
         self._lock: int | None = None
         self._made = False
 
-    def open(self, recipe: Recipe, corpus: Path) -> Recipe | None:
+    def open(self, recipe: Recipe, files: Mapping[str, bytes]) -> Recipe | None:
         """Lock the folder for `recipe`. Returns the resolved recipe of the run that is there, or None for a new run.
 
-        Raises UserError for a folder that holds something else, another configuration, another corpus than the folder
-        `corpus`, or a running process.
+        Raises UserError for a folder that holds something else, another configuration, other data than what `files`
+        identify, or a running process.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: give the run another folder (--out)")
@@ -56,22 +55,22 @@ class RunFolder:
             )
         if not (self.path / CONFIG).exists():
             return None
-        for name in CORPUS:
+        for name, content in files.items():
             if not (self.path / name).exists():
                 raise UserError(f"{self.path / name} is missing: the run's folder is not whole")
-            if (self.path / name).read_bytes() != (corpus / name).read_bytes():
+            if (self.path / name).read_bytes() != content:
                 self.close()
                 raise UserError(
-                    f"{corpus / name} is not what {self.path} began with: the corpus was prepared again; "
+                    f"the {name} of the data is not what {self.path} began with: the data was prepared again; "
                     "give the run another folder (--out)"
                 )
         return from_dict(Recipe, load_toml(self.path / CONFIG), f"{self.path / CONFIG}")
 
-    def create(self, recipe: Recipe, resolved: Recipe, corpus: Path) -> None:
+    def create(self, recipe: Recipe, resolved: Recipe, files: Mapping[str, bytes]) -> None:
         """Write what a new run starts from; `config.toml` last, as the sign that all of it is there."""
         write_file(self.path / RECIPE, to_toml(recipe))
-        for name in CORPUS:
-            write_file(self.path / name, (corpus / name).read_bytes())
+        for name, content in files.items():
+            write_file(self.path / name, content)
         write_file(self.path / CONFIG, to_toml(resolved))
 
     @property

@@ -13,14 +13,12 @@ import numpy as np
 import torch
 
 from hotloop.engine.config import Recipe
-from hotloop.engine.data.batches import IGNORE_INDEX, Batch, BatchSource, Prefetcher
-from hotloop.engine.data.shards import Corpus
+from hotloop.engine.data.batches import Batch, Prefetcher
 from hotloop.engine.errors import UserError
 from hotloop.engine.train import checkpoint as checkpoints
 from hotloop.engine.train.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.environment import environment, guarantee_lost
-from hotloop.engine.train.evaluate import evaluate
 from hotloop.engine.train.folder import RunFolder
 from hotloop.engine.train.guards import LAG
 from hotloop.engine.train.metrics import DeviceMetrics, MetricsLog
@@ -28,6 +26,7 @@ from hotloop.engine.train.progress import Progress
 from hotloop.engine.train.schedule import learning_rate
 from hotloop.engine.train.signals import StopSignal
 from hotloop.engine.train.step import StepResult
+from hotloop.engine.train.task import Task
 from hotloop.engine.train.throughput import Throughput
 from hotloop.engine.train.training import Training
 
@@ -53,18 +52,16 @@ class Run:
         self,
         recipe: Recipe,
         folder: RunFolder,
-        corpus: Corpus,
+        task: Task,
         ranks: Ranks,
         stop: StopSignal,
         fault: Callable[[str], None] | None = None,
     ):
-        self.recipe, self.folder, self.corpus, self.ranks, self.stop = recipe, folder, corpus, ranks, stop
-        self.training = Training(recipe, ranks)
+        self.recipe, self.folder, self.task, self.ranks, self.stop = recipe, folder, task, ranks, stop
+        self.training = Training(recipe, ranks, task.objective, task.initial)
         self.micro_batch = recipe.train.micro_batch
-        self.context = recipe.data.context or recipe.model.context
-        self.source = BatchSource(corpus.split("train"), self.context, recipe.train.global_batch, recipe.train.seed)
         self.throughput = Throughput(
-            recipe.model, self.training.policy.dtype, ranks.device, context=self.context, world_size=ranks.world_size
+            recipe.model, self.training.policy.dtype, ranks.device, context=task.context, world_size=ranks.world_size
         )
         self.pending = DeviceMetrics()
         self.prefetcher: Prefetcher | None = None
@@ -90,7 +87,7 @@ class Run:
         clock = time.perf_counter()
         while t.step < r.train.steps:
             batches, data_wait = self._next_batches()
-            n_supervised = self.source.n_supervised(t.step + t.data_offset)
+            n_supervised = self.task.source.n_supervised(t.step + t.data_offset)
             lr = learning_rate(r.optimizer, r.schedule, t.step, r.train.steps)
             try:
                 self._seed_step()
@@ -122,13 +119,12 @@ class Run:
         return self._end(self._signal_name(), self.stop.number) if self.stop else self._end("finished", loss=loss)
 
     def _header(self) -> str:
-        r, packs = self.recipe, self.source.packs[0]
+        r = self.recipe
         parameters = sum(p.numel() for p in self.training.model.parameters())
         return (
             f"{parameters / 1e6:.2f} M parameters, {r.train.precision} on {self.ranks.device}, "
             f"{torch.get_num_threads()} threads x {self.ranks.world_size} ranks; {r.train.steps:,} steps "
-            f"of {r.train.global_batch} x {self.context} tokens from {packs.n_packs:,} packs, {packs.efficiency:.2%} "
-            f"full, {packs.n_split_documents:,} documents longer than a pack"
+            f"of {r.train.global_batch} x {self.task.context} tokens from {self.task.describe()}"
         )
 
     def close(self) -> None:
@@ -148,7 +144,7 @@ class Run:
         """This rank's micro-batches of the next global batch, and the seconds the loop waited for them."""
         if self.prefetcher is None:
             self.prefetcher = Prefetcher(
-                self.source, self.training.step + self.training.data_offset, rank=self.ranks.rank,
+                self.task.source, self.training.step + self.training.data_offset, rank=self.ranks.rank,
                 world_size=self.ranks.world_size, micro_batch=self.micro_batch, workers=self.recipe.data.workers,
                 pin_memory=self.ranks.device.type == "cuda",
             )  # fmt: skip
@@ -174,7 +170,7 @@ class Run:
             raise error
         if self.ranks.world_size > 1 or self.micro_batch == 1:
             raise RunFailed(
-                f"out of memory with micro-batches of {self.micro_batch} x {self.context} tokens: resume with a "
+                f"out of memory with micro-batches of {self.micro_batch} x {self.task.context} tokens: resume with a "
                 "smaller train.micro_batch; the global batches stay the same"
             ) from error
         self.training.optimizer.zero_grad(set_to_none=True)
@@ -191,13 +187,12 @@ class Run:
         """Hand the step's device scalars over; `_drain` turns them into a line some steps later."""
         t = self.training
         W = self.ranks.world_size
-        tokens = self.source.n_tokens(t.step - 1 + t.data_offset)
-        # A token at position i of its piece attends to i + 1: n (n + 1) / 2 pairs for a piece of n. The other ranks'
-        # pieces are taken to be like this one's.
-        pairs = sum(int((batch.positions + 1)[batch.targets != IGNORE_INDEX].sum()) for batch in batches) * W
+        tokens = self.task.source.n_tokens(t.step - 1 + t.data_offset)
         work = self.throughput.of_step(
             ms / 1e3, tokens=tokens, supervised=n_supervised,
-            positions=sum(batch.tokens.numel() for batch in batches) * W, sum_squares=2 * pairs - tokens,
+            positions=sum(batch.tokens.numel() for batch in batches) * W,
+            # The other ranks' pieces are taken to be like this one's.
+            sum_squares=sum(batch.sum_squares for batch in batches) * W,
         )  # fmt: skip
         self.pending.push(
             t.step,
@@ -249,11 +244,8 @@ class Run:
         """Held-out loss, noted as the best or not; None without held-out documents or when asked to stop."""
         self._drain(keep=0)
         t, loss = self.training, None
-        if self.ranks.is_main and "validation" in self.corpus.splits:
-            result = evaluate(
-                t.model, self.corpus.split("validation"), context=self.context,
-                max_bytes=self.recipe.evaluation.max_bytes, seed=self.recipe.train.seed, poll=lambda: bool(self.stop),
-            )  # fmt: skip
+        if self.ranks.is_main:
+            result = self.task.evaluate(t.model, lambda: bool(self.stop))
             if result is not None:
                 loss = result.loss
                 self.progress.eval(self.log.eval(t.step, **result.to_dict()))

@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 from hotloop.engine.config import Recipe
-from hotloop.engine.data.evaluation import evaluation_documents
-from hotloop.engine.data.shards import Corpus
 from hotloop.engine.errors import UserError
+from hotloop.engine.tasks.causal import CausalPlan
 from hotloop.engine.train import distributed, precision
 from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.folder import RunFolder
 from hotloop.engine.train.loop import Outcome, Run
 from hotloop.engine.train.signals import StopSignal
+from hotloop.engine.train.task import Plan
 from hotloop.kernels.selfcheck import self_check
+
+PLANS: dict[str, Callable[[Recipe], Plan]] = {"causal": CausalPlan}
 
 
 def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] | None = None) -> Outcome:
@@ -26,19 +28,29 @@ def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] |
     `fault` is called with the name of every point of a checkpoint's write, so that tests can fail there.
     Raises UserError before any work for what cannot be run, RunFailed when the run cannot go on.
     """
+    return run_plan(recipe, path, PLANS[recipe.objective], fault=fault)
+
+
+def run_plan(
+    recipe: Recipe,
+    path: Path | str,
+    open_plan: Callable[[Recipe], Plan],
+    *,
+    fault: Callable[[str], None] | None = None,
+) -> Outcome:
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     with StopSignal() as stop, RunFolder(path) as folder:
         ranks = distributed.start(recipe.train.device)
         try:
-            corpus = Corpus(recipe.data.path)
-            saved = ranks.from_main(lambda: folder.open(recipe, corpus.folder))
-            resolved = resolve(recipe, saved, corpus, ranks)
+            plan = open_plan(recipe)
+            saved = ranks.from_main(lambda: folder.open(recipe, plan.files))
+            resolved = resolve(plan.resolve(recipe), saved, ranks)
             if ranks.device.type == "cuda":
                 check_backends(ranks.device, precision.POLICIES[resolved.train.precision].dtype)
             if saved is None and ranks.is_main:
-                folder.create(recipe, resolved, corpus.folder)
-            run = Run(resolved, folder, corpus, ranks, stop, fault)
+                folder.create(recipe, resolved, plan.files)
+            run = Run(resolved, folder, plan.task(resolved), ranks, stop, fault)
             try:
                 return run.train()
             finally:
@@ -61,42 +73,16 @@ def check_backends(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def resolve(recipe: Recipe, saved: Recipe | None, corpus: Corpus, ranks: Ranks) -> Recipe:
-    """Fill in what the recipe leaves to the corpus and the machine; a resumed run keeps what it resolved first."""
-    data, model, train = recipe.data, recipe.model, recipe.train
-    if model.vocab_size is not None and model.vocab_size != corpus.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {model.vocab_size}, but the tokenizer of {data.path} has {corpus.vocab_size} entries: "
-            "leave it out"
-        )
+def resolve(recipe: Recipe, saved: Recipe | None, ranks: Ranks) -> Recipe:
+    """Fill in what the recipe leaves to the machine; a resumed run keeps what it resolved first."""
+    train = recipe.train
     if train.global_batch % (train.micro_batch * ranks.world_size):
         raise UserError(
             f"train.global_batch = {train.global_batch}: must be a multiple of train.micro_batch x ranks = "
             f"{train.micro_batch} x {ranks.world_size}"
         )
-    _check_evaluation(recipe, corpus)
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if train.compile and version < (2, 13):
         raise UserError(f"train.compile needs torch 2.13 (this is {torch.__version__}): set it to false")
     name = saved.train.precision if saved else precision.resolve(train.precision, ranks.device).name
-    return replace(
-        recipe,
-        data=replace(data, context=data.context or model.context),
-        model=replace(model, vocab_size=corpus.vocab_size),
-        train=replace(train, precision=name),  # type: ignore[arg-type]
-    )
-
-
-def _check_evaluation(recipe: Recipe, corpus: Corpus) -> None:
-    """What the first evaluation would find wrong, steps later."""
-    if "validation" not in corpus.splits:
-        if recipe.evaluation.patience is not None:
-            raise UserError(
-                f"evaluation.patience = {recipe.evaluation.patience}, but {corpus.folder} has no validation split: "
-                "prepare it with --validation-fraction, or leave it out"
-            )
-    elif recipe.evaluation.every:
-        try:
-            evaluation_documents(corpus.split("validation"), recipe.evaluation.max_bytes, recipe.train.seed)
-        except UserError as error:
-            raise UserError(f"evaluation.max_bytes = {recipe.evaluation.max_bytes}: {error}") from error
+    return replace(recipe, train=replace(train, precision=name))  # type: ignore[arg-type]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hotloop.engine.config import Recipe
 from hotloop.engine.errors import UserError
 from hotloop.engine.model import Transformer
-from hotloop.engine.objectives.causal import CausalObjective
 from hotloop.engine.train import precision
 from hotloop.engine.train.checkpoint import Checkpoint
 from hotloop.engine.train.distributed import Ranks
@@ -21,8 +20,6 @@ from hotloop.engine.train.step import TrainStep
 from hotloop.kernels.dispatch import used
 from hotloop.kernels.optimizers import AdamW
 
-OBJECTIVES = {"causal": CausalObjective}
-
 
 class Training:
     """A run's changing state, for a resolved recipe.
@@ -31,14 +28,20 @@ class Training:
     steps, but not in data.
     """
 
-    def __init__(self, recipe: Recipe, ranks: Ranks):
-        self.recipe, self.ranks = recipe, ranks
+    def __init__(
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        make_objective: Callable[[Transformer], nn.Module],
+        initial: Mapping[str, Tensor] | None = None,
+    ):
+        self.recipe, self.ranks, self.initial = recipe, ranks, initial
         policy = precision.resolve(recipe.train.precision, ranks.device)
         self.model = Transformer(recipe.model, activation_checkpointing=recipe.train.activation_checkpointing)
         self.model.to(policy.dtype).to(ranks.device)
         if recipe.train.global_batch > recipe.train.micro_batch:
             self.accumulate()
-        self.objective: Callable[..., Tensor] = OBJECTIVES[recipe.objective](self.model)
+        self.objective: Callable[..., Tensor] = make_objective(self.model)
         if recipe.train.compile:
             self.objective = torch.compile(self.objective, fullgraph=True, dynamic=False)
         self.policy = policy
@@ -48,6 +51,8 @@ class Training:
         """To the state before the first step."""
         recipe, o = self.recipe, self.recipe.optimizer
         self.model.initialize(recipe.train.seed)
+        if self.initial is not None:
+            self.model.load_initial(self.initial)
         self.optimizer = AdamW(
             parameter_groups(self.model, o),
             lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm,

@@ -46,6 +46,7 @@ def cut(batch: Batch, rows: int) -> list[Batch]:
                 tokens=batch.tokens[part], targets=targets, positions=batch.positions[part],
                 document_ids=batch.document_ids[part], cu_seqlens=bounds.to(torch.int32),
                 n_supervised=int((targets != IGNORE_INDEX).sum()), n_tokens=batch.n_tokens,
+                sum_squares=batch.sum_squares,
             )
         )  # fmt: skip
     return parts

@@ -11,6 +11,7 @@ from hotloop.engine.config import GuardConfig
 from hotloop.engine.data.batches import IGNORE_INDEX, BatchSource
 from hotloop.engine.data.shards import Corpus
 from hotloop.engine.objectives.causal import CausalObjective
+from hotloop.engine.tasks import causal
 from hotloop.engine.train import checkpoint as checkpoints
 from hotloop.engine.train import training
 from hotloop.engine.train.guards import OutlierGuard, SkipBudget
@@ -85,7 +86,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, recipe, data_steps: set[int], change
             loss = super().forward(tokens, *arguments)
             return change(loss) if tokens.numpy().tobytes() in marked else loss
 
-    monkeypatch.setitem(training.OBJECTIVES, "causal", Poisoned)
+    monkeypatch.setattr(causal, "CausalObjective", Poisoned)
 
 
 def lines(run, kind: str) -> list[dict]:
@@ -187,7 +188,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batches(tmp_path, re
                 raise error
             return super().forward(tokens, *arguments)
 
-    monkeypatch.setitem(training.OBJECTIVES, "causal", Tight)
+    monkeypatch.setattr(causal, "CausalObjective", Tight)
     assert pretrain(made, tmp_path / "tight").reason == "finished"
     assert [line["name"] for line in lines(tmp_path / "tight", "event")].count("out_of_memory") == 2
     for a, b in zip(lines(tmp_path / "tight", "train"), lines(tmp_path / "plenty", "train"), strict=True):
@@ -200,7 +201,7 @@ def test_another_error_is_not_taken_for_a_full_memory(tmp_path, recipe, monkeypa
         def forward(self, *arguments):
             raise RuntimeError("shapes do not match")
 
-    monkeypatch.setitem(training.OBJECTIVES, "causal", Broken)
+    monkeypatch.setattr(causal, "CausalObjective", Broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         pretrain(recipe(), tmp_path / "run")
 
@@ -245,7 +246,7 @@ def test_a_batch_without_supervision_changes_nothing(corpus, recipe):
 
     made = recipe()
     made = replace(made, model=replace(made.model, vocab_size=Corpus(corpus).vocab_size))
-    t = training.Training(made, Ranks(0, 1, CPU))
+    t = training.Training(made, Ranks(0, 1, CPU), CausalObjective)
     (batch,) = BatchSource(Corpus(corpus).split("train"), 32, 8, 0).micro_batches(0)
     t.take_step([batch], batch.n_supervised, 1e-3)
     before = {name: tensor.clone() for name, tensor in t.tensors()["model"].items()}
