@@ -107,6 +107,18 @@ class InitialConfig:
 
 
 @dataclass(frozen=True)
+class MaskingConfig:
+    rate: float = 0.15
+    """Share of the tokens that are hidden and predicted; special tokens never are. Classic 0.15, modern 0.3."""
+    whole_words: bool = False
+    """Hide all tokens of a word or none; words longer than a row's share are passed over."""
+    mask_share: float = 0.8
+    """Share of the hidden tokens that become the mask token."""
+    random_share: float = 0.1
+    """Share that becomes a random token; the rest stays as it is."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     lr: float = 1e-3
     """Peak learning rate."""
@@ -207,10 +219,11 @@ class LogConfig:
 class Recipe:
     """A whole run."""
 
-    objective: Literal["causal"] = "causal"
+    objective: Literal["causal", "masked"] = "causal"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     initial: InitialConfig = InitialConfig()
+    masking: MaskingConfig = MaskingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()

@@ -57,7 +57,7 @@ def load_toml(path: Path | str) -> dict[str, Any]:
 
 def check(recipe: Recipe) -> None:
     """Constraints that one field alone does not show. Raises RecipeError."""
-    m, t, g = recipe.model, recipe.train, recipe.guards
+    m, t, g, masking = recipe.model, recipe.train, recipe.guards, recipe.masking
 
     def require(ok: bool, message: str) -> None:
         if not ok:
@@ -92,8 +92,15 @@ def check(recipe: Recipe) -> None:
                         "initial.dropout": recipe.initial.dropout or 0.0}.items():  # fmt: skip
         require(0 <= value < 1, f"{name} = {value}: must be at least 0 and below 1")
     for name, value in {"schedule.decay_fraction": recipe.schedule.decay_fraction,
-                        "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio}.items():  # fmt: skip
+                        "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio,
+                        "masking.mask_share": masking.mask_share,
+                        "masking.random_share": masking.random_share}.items():  # fmt: skip
         require(0 <= value <= 1, f"{name} = {value}: must be between 0 and 1")
+    require(0 < masking.rate < 1, f"masking.rate = {masking.rate}: must be above 0 and below 1")
+    require(
+        masking.mask_share + masking.random_share <= 1,
+        f"masking.mask_share + masking.random_share = {masking.mask_share + masking.random_share:g}: at most 1",
+    )
     require(
         recipe.evaluation.patience is None or recipe.evaluation.every > 0,
         f"evaluation.patience = {recipe.evaluation.patience}: needs evaluation.every > 0, it is 0 (never)",
