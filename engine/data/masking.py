@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -34,6 +34,13 @@ _ROW, _UNIT, _KIND, _TOKEN = range(4)
 """What a draw decides: the rounding of a row's count, the order of its tokens or words, what replaces one, by which."""
 
 
+class Words(NamedTuple):
+    """How tokens make words. Tables have an entry for each id."""
+
+    continues: np.ndarray  # (V,) bool, belongs to the word of the token before it
+    closes: np.ndarray  # (V,) bool, what comes after it does not belong to its word
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What masking has to know of a tokenizer. Tables have an entry for each id."""
@@ -43,8 +50,7 @@ class Vocabulary:
     last: int | None  # ends it: [SEP]
     special: np.ndarray  # (V,) bool, never masked and never drawn
     ordinary: np.ndarray  # (n,) int64, the other ids that stand for something
-    continues: np.ndarray | None  # (V,) bool, may belong to the word before; none: the tokenizer does not tell
-    closes: np.ndarray | None  # (V,) bool, nothing after it belongs to its word
+    words: Words | None  # none: the tokenizer does not tell
 
     @classmethod
     def of(cls, tokenizer_json: str) -> Vocabulary:
@@ -71,15 +77,13 @@ class Vocabulary:
             special[unknown] = True
         exists = np.zeros(len(texts), dtype=bool)
         exists[list(vocabulary.values())] = True
-        continues, closes = _words(described, texts)
         return cls(
             mask=mask,
             first=_first_of(FIRST, added),
             last=_first_of(LAST, added),
             special=special,
             ordinary=np.flatnonzero(exists & ~special),
-            continues=continues,
-            closes=closes,
+            words=_words(described, texts),
         )
 
 
@@ -93,7 +97,7 @@ class Masking:
     """Hides tokens of rows. Raises UserError for whole words with a tokenizer that does not tell words."""
 
     def __init__(self, config: MaskingConfig, vocabulary: Vocabulary, seed: int):
-        if config.whole_words and vocabulary.continues is None:
+        if config.whole_words and vocabulary.words is None:
             raise UserError(
                 "masking.whole_words: this tokenizer does not tell where words begin (neither WordPiece, byte-level "
                 "nor with spaces as part of tokens); set it to false"
@@ -112,7 +116,8 @@ class Masking:
         """(rows,) int64: how many tokens of each row are to be hidden. Whole words may leave some of it over."""
         n = np.bincount(row[~self.vocabulary.special[tokens]], minlength=len(keys))
         wanted = self.config.rate * n
-        rounded = np.floor(wanted + _uniform(_draw(keys, np.arange(len(keys)), 0, _ROW)))
+        rows = np.arange(len(keys))
+        rounded = np.floor(wanted + _uniform(_draw(keys, rows, np.zeros_like(rows), _ROW)))
         return np.minimum(rounded, np.ceil(wanted)).astype(np.int64)  # the sum may round up to the next integer
 
     def __call__(
@@ -151,10 +156,10 @@ class Masking:
 
     def continues(self, tokens: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """(n,) bool: belongs to the word of the token before it."""
-        special, closes = self.vocabulary.special, self.vocabulary.closes
-        assert self.vocabulary.continues is not None and closes is not None
-        out = self.vocabulary.continues[tokens] & ~special[tokens] & ~begins
-        out[1:] &= ~(closes | special)[tokens[:-1]]
+        special, words = self.vocabulary.special, self.vocabulary.words
+        assert words is not None
+        out = words.continues[tokens] & ~special[tokens] & ~begins
+        out[1:] &= ~(words.closes | special)[tokens[:-1]]
         return out
 
 
@@ -190,9 +195,9 @@ def _fill(row: np.ndarray, order: np.ndarray, size: np.ndarray, budget: np.ndarr
     return chosen
 
 
-def _draw(keys: np.ndarray, row: np.ndarray, position: np.ndarray | int, purpose: int) -> np.ndarray:
+def _draw(keys: np.ndarray, row: np.ndarray, position: np.ndarray, purpose: int) -> np.ndarray:
     """uint64 for each (row, position)."""
-    counter = np.asarray(position, dtype=np.uint64) * np.uint64(4) + np.uint64(purpose)
+    counter = position.astype(np.uint64) * np.uint64(4) + np.uint64(purpose)
     return mix(keys[row] ^ mix(counter + np.uint64(0x9E3779B97F4A7C15)))
 
 
@@ -205,25 +210,22 @@ def _first_of(names: tuple[str, ...], ids: dict[str, int]) -> int | None:
     return next((ids[name] for name in names if name in ids), None)
 
 
-def _words(described: dict[str, Any], texts: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Vocabulary.continues and .closes.
-
-    WordPiece marks what continues a word; elsewhere a space (byte-level BPE: any white space) is part of the token that
+def _words(described: dict[str, Any], texts: list[str]) -> Words | None:
+    """WordPiece marks what continues a word. Elsewhere a space (byte-level: any white space) is part of the token that
     follows it, and a word is what stands between two of them, punctuation included.
     """
     if described["model"]["type"] == "WordPiece":
         prefix = described["model"].get("continuing_subword_prefix", "##")
-        return np.array([text.startswith(prefix) for text in texts]), np.zeros(len(texts), dtype=bool)
+        return Words(np.array([text.startswith(prefix) for text in texts]), np.zeros(len(texts), dtype=bool))
     steps = _types(described.get("pre_tokenizer")) | _types(described.get("decoder")) | _types(described["normalizer"])
     if "ByteLevel" in steps:
         spaces = tuple(BYTE_LEVEL_SPACES)
     elif "Metaspace" in steps or any(text.startswith(METASPACE) for text in texts):
         spaces = (METASPACE, "\n")
     else:
-        return None, None
-    begins, ends = (np.array([f(text) for text in texts]) for f in (lambda t: t.startswith(spaces),
-                                                                    lambda t: t.endswith(spaces)))  # fmt: skip
-    return ~begins, ends
+        return None
+    begins = np.array([text.startswith(spaces) for text in texts])
+    return Words(~begins, np.array([text.endswith(spaces) for text in texts]))
 
 
 def _types(step: Any) -> set[str]:
