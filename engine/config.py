@@ -15,13 +15,33 @@ def _execution(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
     path: str = ""
     """Folder that `hotloop prepare` wrote."""
+    weight: float = 1.0
+    """Its share of the sequences is this over the sum of all weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """Folder that `hotloop prepare` wrote; its held-out documents judge the run."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Corpora to mix, each a table [[data.sources]] of path and weight; none: path alone. path may then be left out:
+    it is the first one's."""
+    general: str = ""
+    """Folder of a corpus of general text: the loss on its held-out documents is reported before, during and after the
+    run as what it forgets."""
     context: int | None = None
     """Tokens per packed sequence; none: the model's context."""
     workers: int = _execution(1)
     """Threads that assemble batches ahead of the step; 0 assembles them in the loop."""
+
+
+@dataclass(frozen=True)
+class InitialConfig:
+    path: str = ""
+    """Checkpoint to begin with, a folder of `transformers` or of a run; empty: weights are drawn."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +241,7 @@ class Recipe:
 
     objective: Literal["causal", "masked"] = "causal"
     data: DataConfig = DataConfig()
+    initial: InitialConfig = InitialConfig()
     model: ModelConfig = ModelConfig()
     initial: InitialConfig = InitialConfig()
     masking: MaskingConfig = MaskingConfig()

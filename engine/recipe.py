@@ -124,8 +124,12 @@ def check(recipe: Recipe) -> None:
         m.n_heads % (m.n_kv_heads or m.n_heads) == 0,
         f"model.n_kv_heads = {m.n_kv_heads}: must divide model.n_heads = {m.n_heads}",
     )
+    for i, source in enumerate(recipe.data.sources):
+        require(bool(source.path), f"data.sources[{i}].path is not set; give the folder that `hotloop prepare` wrote")
+        require(source.weight > 0, f"data.sources[{i}].weight = {source.weight}: must be greater than 0")
     require(
-        recipe.data.context is None or recipe.data.context <= m.context,
+        # A checkpoint to begin with has a context of its own.
+        bool(recipe.initial.path) or recipe.data.context is None or recipe.data.context <= m.context,
         f"data.context = {recipe.data.context}: longer than the model's (model.context = {m.context})",
     )
     require(
@@ -155,7 +159,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """The nested dictionary that `from_dict` reads. TOML has no null: a field that is None is left out where that is
     its default, and "none" elsewhere."""
     return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value) else "none" if value is None else value
+        f.name: "none" if value is None else _plain(value, to_dict)
         for f in fields(config)
         if (value := getattr(config, f.name)) is not None or f.default is not None
     }
@@ -168,10 +172,17 @@ def to_toml(config: Any) -> str:
 def identity(config: Any) -> dict[str, Any]:
     """Like `to_dict`, without the fields that say only how the run is carried out."""
     return {
-        f.name: identity(value) if dataclasses.is_dataclass(value) else value
+        f.name: _plain(value, identity)
         for f in fields(config)
         if not f.metadata.get("execution") and (value := getattr(config, f.name)) is not None
     }
+
+
+def _plain(value: Any, inside: typing.Callable[[Any], dict[str, Any]]) -> Any:
+    """Lists for tuples, and what `inside` makes of a section."""
+    if isinstance(value, tuple):
+        return [_plain(one, inside) for one in value]
+    return inside(value) if dataclasses.is_dataclass(value) else value
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -201,6 +212,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         return _convert(options[0], value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{where} = {value!r}: expected a list")
+        member, _ = typing.get_args(hint)
+        return tuple(_convert(member, one, f"{where}[{i}]") for i, one in enumerate(value))
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:

@@ -9,7 +9,7 @@ leaves pieces bare on that side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from hotloop.engine.data.batches import IGNORE_INDEX, Batch, BatchSource, Layout, Pieces
 from hotloop.engine.data.masking import Masked, Masking, Vocabulary
-from hotloop.engine.data.packing import Frame
+from hotloop.engine.data.packing import Frame, best_fit_decreasing
 from hotloop.engine.data.shards import Split
 
 
@@ -103,3 +103,61 @@ def hide(
     layout = Layout(whole.lengths, row, len(keys), context)
     which, position = np.divmod(layout.at, context)
     return whole, layout, masking(whole.tokens, which, position, whole.begins, keys)
+
+
+# Evaluation
+
+HELD_OUT = 1 << 32
+"""In a row's key the number of its source: one that no source of training has."""
+
+
+def held_out_batches(
+    split: Split, masking: Masking, context: int, documents: np.ndarray, micro_batch: int = 8
+) -> Iterator[Batch]:
+    """`documents` cut into framed pieces that do not overlap, packed, with noise that is always the same."""
+    starts, lengths = pieces_of(split, documents, context - frame_of(masking.vocabulary).around)
+    rows, n_rows = best_fit_decreasing(lengths + frame_of(masking.vocabulary).around, context)
+    if not n_rows:
+        return
+    by_row = np.lexsort((np.arange(len(rows)), rows))
+    starts, lengths, rows = starts[by_row], lengths[by_row], rows[by_row]
+    capacity = micro_batch * (int(np.bincount(rows).max()) + 1)
+    for first in range(0, n_rows, micro_batch):
+        low, high = np.searchsorted(rows, [first, first + micro_batch])
+        part = slice(low, high)
+        number = np.arange(first, first + micro_batch)
+        keys = masking.keys(np.full(micro_batch, HELD_OUT), np.zeros(micro_batch, dtype=np.int64), number)
+        stored = split.read(starts[part], lengths[part])
+        whole, layout, masked = hide(stored, lengths[part], rows[part] - first, keys, masking, context)
+        targets = np.where(masked.hidden, whole.tokens, IGNORE_INDEX)
+        yield layout.batch(masked.inputs, targets, capacity, split.end_id)
+
+
+def one_at_a_time(
+    split: Split, vocabulary: Vocabulary, context: int, documents: np.ndarray, micro_batch: int = 8
+) -> Iterator[Batch]:
+    """Every ordinary token of `documents` in turn is masked, alone in a copy of its piece."""
+    around = frame_of(vocabulary).around
+    for start, length in zip(*pieces_of(split, documents, context - around), strict=True):
+        whole = framed(split.read(np.array([start]), np.array([length])), np.array([length]), vocabulary)
+        text = whole.tokens
+        hidden = np.flatnonzero(~vocabulary.special[text])
+        each = context // len(text)  # copies in a row
+        for first in range(0, len(hidden), micro_batch * each):
+            at = hidden[first : first + micro_batch * each]
+            copies = np.tile(text, (len(at), 1))
+            targets = np.full_like(copies, IGNORE_INDEX)
+            which = np.arange(len(at))
+            targets[which, at] = copies[which, at]
+            copies[which, at] = vocabulary.mask
+            layout = Layout(np.full(len(at), len(text)), which // each, micro_batch, context)
+            yield layout.batch(copies.reshape(-1), targets.reshape(-1), micro_batch * (each + 1), split.end_id)
+
+
+def pieces_of(split: Split, documents: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, lengths) of the pieces of the documents' text, int64, in order."""
+    text = split.lengths[documents] - 1
+    n_pieces = -(-text // longest)
+    document = np.repeat(np.arange(len(documents)), n_pieces)
+    begin = (np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)) * longest
+    return split.document_starts(documents)[document] + begin, np.minimum(longest, text[document] - begin)
