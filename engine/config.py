@@ -39,12 +39,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class InitialConfig:
-    path: str = ""
-    """Checkpoint to begin with, a folder of `transformers` or of a run; empty: weights are drawn."""
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     context: int = 1024
     """Longest sequence in tokens."""
@@ -241,7 +235,6 @@ class Recipe:
 
     objective: Literal["causal", "masked"] = "causal"
     data: DataConfig = DataConfig()
-    initial: InitialConfig = InitialConfig()
     model: ModelConfig = ModelConfig()
     initial: InitialConfig = InitialConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -48,9 +48,7 @@ class CorpusPlan:
         self.initial = read_initial(recipe.initial.path, head=self.head) if recipe.initial.path else None
         sources = data.sources or (SourceConfig(data.path),)
         own = data.path or sources[0].path
-        opened = {
-            path: Corpus(path) for path in dict.fromkeys([own, *(s.path for s in sources), data.general]) if path
-        }
+        opened = {path: Corpus(path) for path in dict.fromkeys([own, *(s.path for s in sources), data.general]) if path}
         self.corpus = opened[own]
         self.train = [opened[source.path] for source in sources]
         self.weights = [source.weight for source in sources] if data.sources else None
@@ -100,13 +98,11 @@ class CorpusPlan:
                 )
             model, context = replace(model, vocab_size=size), data.context or model.context
         else:
-            context = data.context or (model.context if model.context != ModelConfig.context else None)
-            model = begin_with(self.initial, model)
-            context = min(context or model.context, model.context)
-            if data.context is not None and data.context > model.context:
-                raise UserError(
-                    f"data.context = {data.context}: longer than that of {self.initial.source} ({model.context})"
-                )
+            model = begin_with(self.initial, recipe)
+            context = data.context or recipe.initial.context or model.context
+            if context > model.context:
+                name = "data.context" if data.context else "initial.context"
+                raise UserError(f"{name} = {context}: longer than that of {self.initial.source} ({model.context})")
         return replace(recipe, data=replace(data, context=context), model=model)
 
     def _check_tokenizer(self, corpus: Corpus) -> None:
@@ -147,21 +143,16 @@ class CorpusPlan:
                 raise UserError(f"evaluation.max_bytes = {recipe.evaluation.max_bytes}: {error}") from error
 
 
-def begin_with(initial: Initial, model: ModelConfig) -> ModelConfig:
-    """The checkpoint's configuration with the recipe's dropout. Raises UserError for other fields of [model] that are
-    given and differ, and for a context longer than the checkpoint's."""
-    theirs = initial.config
+def begin_with(initial: Initial, recipe: Recipe) -> ModelConfig:
+    """The checkpoint's configuration, with the recipe's dropout. Raises UserError for a section [model]."""
     for field in fields(ModelConfig):
-        value, has = getattr(model, field.name), getattr(theirs, field.name)
-        if field.name == "dropout" or value in (field.default, has):
-            continue
-        if field.name == "context" and value <= has:
-            continue
-        raise UserError(
-            f"model.{field.name} = {value}: the checkpoint {initial.source} has {has}; leave it out, [model] is the "
-            "checkpoint's"
-        )
-    return replace(theirs, dropout=model.dropout)
+        if (value := getattr(recipe.model, field.name)) != field.default:
+            raise UserError(
+                f"model.{field.name} = {value}: with initial.path the model is the checkpoint's; leave [model] out "
+                "(initial.context and initial.dropout may be set)"
+            )
+    dropout = recipe.initial.dropout
+    return initial.config if dropout is None else replace(initial.config, dropout=dropout)
 
 
 def describe_packs(plan: CorpusPlan, packs: list[Packs]) -> str:

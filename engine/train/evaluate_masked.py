@@ -55,8 +55,8 @@ def evaluate_masked(
 ) -> MaskedEvaluation | None:
     """Score whole documents, drawn by the seed up to `max_bytes` of text (none: all).
 
-    `exact` masks every token in turn, one at a time (Salazar et al., arXiv:1910.14659): as many passes over a text as it
-    has tokens. Returns None if `poll` asks to stop.
+    `exact` masks every token in turn, one at a time (Salazar et al., arXiv:1910.14659): as many passes over a text as
+    it has tokens. Returns None if `poll` asks to stop.
     """
     began = time.perf_counter()
     documents, n_bytes, _ = evaluation_documents(split, max_bytes, seed)

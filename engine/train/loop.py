@@ -222,13 +222,14 @@ class Run:
             step, phases = line.pop("step"), line.pop("phases")
             stopping |= line.pop("stop") > 0
             line["skipped"] = int(line["skipped"])
-            if line["skipped"]:
+            if line["skipped"] and line["supervised"]:  # a batch that supervises nothing is no sign of trouble
                 self.training.budget.record(step)
             if self.ranks.is_main:
                 written = self.log.train(step, **line, **phases.milliseconds())
                 self.progress.train(written)
                 if line["skipped"]:
-                    self._event("skipped", f"loss {line['loss']:.4g} (z {line['loss_z']:+.1f}): nothing updated", step)
+                    why = f"loss {line['loss']:.4g} (z {line['loss_z']:+.1f})" if line["supervised"] else "no target"
+                    self._event("skipped", f"{why}: nothing updated", step)
         return stopping
 
     def _event(self, name: str, message: str, step: int | None = None) -> None:
