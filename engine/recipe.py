@@ -184,6 +184,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         return _convert(options[0], value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{where} = {value!r}: expected a list")
+        member, _ = typing.get_args(hint)
+        return tuple(_convert(member, one, f"{where}[{i}]") for i, one in enumerate(value))
     if typing.get_origin(hint) is Literal:
         allowed = typing.get_args(hint)
         if value not in allowed:
