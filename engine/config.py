@@ -177,8 +177,12 @@ class FinetuneConfig:
     """Layers from the bottom that stay as they are, and with them the embeddings."""
     freeze_embeddings: bool = False
     """Leave the embeddings as they are where no layer is frozen."""
+    epochs: float | None = None
+    """Passes over the training texts; none: train.steps."""
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"
     """What a text's vector is: that of its first token, the mean, or that of its last; auto: as its family has it."""
+    classifier_head: Literal["auto", "linear", "bert", "modernbert"] = "auto"
+    """From that vector to the classes; auto: as its family has it."""
 
 
 @dataclass(frozen=True)

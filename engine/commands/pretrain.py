@@ -44,7 +44,7 @@ class Pretrain:
         from hotloop.engine.train.pretrain import pretrain
 
         recipe = load_recipe(self.recipe, self.set)
-        if not recipe.data.path:
+        if not recipe.data.path and recipe.objective != "classification":  # which `pretrain` refuses by its name
             raise UserError(f"recipe {self.recipe}: data.path is not set; give the folder that `hotloop prepare` wrote")
         folder = self.out or Path("runs") / self.recipe.stem
         try:

@@ -64,6 +64,12 @@ class Pieces:
     def lengths(self) -> np.ndarray:  # (n_pieces,)
         return np.diff(self.bounds)
 
+    def texts(self, start: int, stop: int) -> Pieces:
+        """Those of the texts start .. stop."""
+        low, high = self.first[start], self.first[stop]
+        bounds = self.bounds[low : high + 1]
+        return Pieces(self.tokens[bounds[0] : bounds[-1]], bounds - bounds[0], self.first[start : stop + 1] - low)
+
 
 class TextEncoder:
     """Texts -> pieces of at most `context` tokens. A special token's text inside a text is ordinary text."""
@@ -145,6 +151,7 @@ def lay_out(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         n_supervised=len(which),
         n_tokens=n_tokens,
+        sum_squares=int(np.square(lengths).sum()),
     )
 
 

@@ -68,6 +68,8 @@ class Progress:
         parts = [f"held out: loss {_number(line.get('loss'), '.4f')}"]
         if line.get("bits_per_byte") is not None:
             parts.append(f"{line['bits_per_byte']:.4f} bits/byte")
+        if line.get("accuracy") is not None:
+            parts.append(f"accuracy {_percent(line['accuracy'])}")
         parts.append(f"{line['tokens']:,} tokens in {format_seconds(line['seconds'])}")
         self.say(f"step {line['step']}/{self.total_steps}  " + "  ".join(parts))
 
