@@ -124,6 +124,14 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class InitialConfig:
+    """What the weights begin as."""
+
+    path: str = ""
+    """Folder of a checkpoint of `transformers` or of a run; empty: all weights are drawn."""
+
+
+@dataclass(frozen=True)
 class LabelsConfig:
     """Labelled texts of a classification."""
 
@@ -224,6 +232,7 @@ class Recipe:
 
     objective: Literal["causal", "classification"] = "causal"
     data: DataConfig = DataConfig()
+    initial: InitialConfig = InitialConfig()
     labels: LabelsConfig = LabelsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     model: ModelConfig = ModelConfig()
