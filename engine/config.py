@@ -124,14 +124,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class InitialConfig:
-    """What the weights begin as."""
-
-    path: str = ""
-    """Folder of a checkpoint of `transformers` or of a run; empty: all weights are drawn."""
-
-
-@dataclass(frozen=True)
 class LabelsConfig:
     """Labelled texts of a classification."""
 
@@ -187,10 +179,6 @@ class FinetuneConfig:
     """Leave the embeddings as they are where no layer is frozen."""
     epochs: float | None = None
     """Passes over the training texts; none: train.steps."""
-    pooling: Literal["auto", "cls", "mean", "last"] = "auto"
-    """What a text's vector is: that of its first token, the mean, or that of its last; auto: as its family has it."""
-    classifier_head: Literal["auto", "linear", "bert", "modernbert"] = "auto"
-    """From that vector to the classes; auto: as its family has it."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +220,6 @@ class Recipe:
 
     objective: Literal["causal", "classification"] = "causal"
     data: DataConfig = DataConfig()
-    initial: InitialConfig = InitialConfig()
     labels: LabelsConfig = LabelsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     model: ModelConfig = ModelConfig()
