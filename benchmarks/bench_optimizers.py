@@ -145,8 +145,8 @@ def eight_bit(kind: Kind) -> Iterator[tuple[str, Way]]:
         from torchao.optim import AdamW8bit
 
         yield "torchao AdamW8bit", partial(theirs, kind, AdamW8bit, OPTIONS)
-    if find_spec("bitsandbytes") is not None and device().type == "cuda":
-        import bitsandbytes
+    if find_spec("bitsandbytes") is not None:
+        import bitsandbytes  # its optimizers run on CPUs from 0.50 on
 
         yield "bitsandbytes AdamW8bit", partial(theirs, kind, bitsandbytes.optim.AdamW8bit, OPTIONS)
 

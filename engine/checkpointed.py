@@ -40,7 +40,7 @@ def load_run(folder: Path | str, which: Literal["last", "best"] = "last", device
     if not config.exists():
         raise UserError(f"{folder} is not a run of hotloop (no config.toml): give the folder that pretrain wrote")
     recipe = from_dict(Recipe, load_toml(config), str(config))
-    found, weights, notes = _weights(folder / "checkpoints", which)
+    found, weights, notes = find_weights(folder / "checkpoints", which)
     tokenizer, hash_, end_id = _tokenizer(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,8 @@ def load_run(folder: Path | str, which: Literal["last", "best"] = "last", device
     return TrainedModel(model.to(device).eval(), tokenizer, hash_, recipe, found.step, end_id, notes)
 
 
-def _weights(store: Path, which: Literal["last", "best"]) -> tuple[Checkpoint, dict[str, Tensor], tuple[str, ...]]:
+def find_weights(store: Path, which: Literal["last", "best"]) -> tuple[Checkpoint, dict[str, Tensor], tuple[str, ...]]:
+    """(the checkpoint, its model's tensors, notes for the user). Raises UserError."""
     while True:
         found, notes = _find(store, which)
         try:

@@ -33,20 +33,20 @@ class ModelConfig:
     n_layers: int = 6
     """Blocks of attention and feed-forward."""
     d_model: int = 384
-    """Width; a multiple of 8 n_heads."""
+    """Width; a multiple of 8 n_heads where head_dim is none."""
     n_heads: int = 6
     """Heads of q."""
     n_kv_heads: int | None = None
     """Heads of k and v (grouped-query attention); none: n_heads."""
     d_ff: int | None = None
-    """Width of the feed-forward layer; none: 4 d_model for gelu, 8/3 d_model rounded up to 64 for swiglu."""
+    """Width of the feed-forward layer; none: 4 d_model for gelu, 8/3 d_model rounded up to 64 for swiglu and geglu."""
     positions: Literal["rotary", "learned"] = "rotary"
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     """Added to a norm's variance."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
     bias: bool = False
     """Biases in linear layers and layer norms."""
     tied_head: bool = True
@@ -56,7 +56,54 @@ class ModelConfig:
     dropout: float = 0.0
     """Share of activations set to 0 in training."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 n_layers)."""
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 n_layers) where norms come
+    first."""
+    head_dim: int | None = None
+    """Width of a head, a multiple of 8; none: d_model / n_heads."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """pre: x + f(norm(x)) and a norm after the last layer; post: norm(x + f(x)), as in BERT."""
+    embedding_norm: bool = False
+    """A norm after the embedding (BERT, ModernBERT); with norms first it is the first layer's attention norm too."""
+    norm_bias: bool | None = None
+    """Biases in layer norms; none: bias."""
+    qkv_bias: bool | None = None
+    """Biases of q, k and v; none: bias."""
+    qk_norm: bool = False
+    """RMS norm over each head of q and k, before positions (Qwen3)."""
+    token_types: int = 0
+    """Rows of an embedding of token types (BERT's segments), row 0 for every token unless given; 0: none."""
+    local_window: int | None = None
+    """Local layers see this many positions to each side; none: every layer is global."""
+    global_every: int = 1
+    """With local_window, layer i (from 0) is global where i is a multiple of this."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies of local layers; none: rope_theta."""
+    head: Literal["linear", "masked"] = "linear"
+    """Before the projection to the vocabulary, masked: dense, gelu, norm; and a bias after it (BERT, ModernBERT)."""
+    n_labels: int = 0
+    """Classes of a classifier; 0: none."""
+    pooling: Literal["cls", "mean", "last"] = "cls"
+    """What of a text the classifier reads: its first position, the mean over it, or its last position."""
+    classifier_head: Literal["linear", "bert", "modernbert"] = "linear"
+    """linear: dropout, linear; bert: dense, tanh before; modernbert: dense, gelu, norm before."""
+    classifier_bias: bool = True
+    """A bias in the classifier's last layer."""
+
+
+@dataclass(frozen=True)
+class InitialConfig:
+    """What a run starts from. With a path the model is the checkpoint's, and the section [model] stays as it is."""
+
+    path: str = ""
+    """Folder of a checkpoint (config.json + safetensors) or of a run; empty: [model], drawn by the seed."""
+    context: int | None = None
+    """Longest sequence in tokens, at most the checkpoint's; none: the checkpoint's."""
+    dropout: float | None = None
+    """Share of activations set to 0 in training; none: the checkpoint's."""
+    pooling: Literal["cls", "mean", "last"] | None = None
+    """What of a text a classifier reads: as model.pooling; none: as the checkpoint's family has it."""
+    classifier_head: Literal["linear", "bert", "modernbert"] | None = None
+    """As model.classifier_head; none: as the checkpoint's family has it."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +270,7 @@ class Recipe:
     labels: LabelsConfig = LabelsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     model: ModelConfig = ModelConfig()
+    initial: InitialConfig = InitialConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()

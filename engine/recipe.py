@@ -68,7 +68,9 @@ def check(recipe: Recipe) -> None:
         "evaluation.max_bytes": recipe.evaluation.max_bytes, "checkpoint.every": recipe.checkpoint.every,
         "checkpoint.keep_last": recipe.checkpoint.keep_last, "log.every": recipe.log.every, "guards.window": g.window,
         "guards.budget_window": g.budget_window, "guards.outlier_z": g.outlier_z, "model.rope_theta": m.rope_theta,
-        "model.norm_eps": m.norm_eps,
+        "model.norm_eps": m.norm_eps, "model.head_dim": m.head_dim, "model.local_window": m.local_window,
+        "model.global_every": m.global_every, "model.local_rope_theta": m.local_rope_theta,
+        "initial.context": recipe.initial.context,
     }  # fmt: skip
     for name, value in positive.items():
         require(value is None or value > 0, f"{name} = {value}: must be greater than 0")
@@ -77,11 +79,13 @@ def check(recipe: Recipe) -> None:
         "optimizer.weight_decay": recipe.optimizer.weight_decay, "schedule.warmup_steps": recipe.schedule.warmup_steps,
         "evaluation.every": recipe.evaluation.every, "checkpoint.keep_best": recipe.checkpoint.keep_best,
         "guards.skip_budget": g.skip_budget, "guards.max_rewinds": g.max_rewinds, "model.init_std": m.init_std,
+        "model.token_types": m.token_types, "model.n_labels": m.n_labels,
     }  # fmt: skip
     for name, value in not_negative.items():
         require(value >= 0, f"{name} = {value}: must not be negative")
     for name, value in {"optimizer.beta1": recipe.optimizer.beta1, "optimizer.beta2": recipe.optimizer.beta2,
-                        "model.dropout": m.dropout}.items():  # fmt: skip
+                        "model.dropout": m.dropout,
+                        "initial.dropout": recipe.initial.dropout or 0.0}.items():  # fmt: skip
         require(0 <= value < 1, f"{name} = {value}: must be at least 0 and below 1")
     for name, value in {"schedule.decay_fraction": recipe.schedule.decay_fraction,
                         "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio}.items():  # fmt: skip
@@ -92,12 +96,18 @@ def check(recipe: Recipe) -> None:
     )
     require(0 <= t.seed < 1 << 63, f"train.seed = {t.seed}: must be at least 0 and below 2^63")
     require(
-        m.d_model % m.n_heads == 0,
+        m.head_dim is not None or m.d_model % m.n_heads == 0,
         f"model.d_model = {m.d_model}: must be a multiple of model.n_heads = {m.n_heads}",
     )
+    name, head_dim = (
+        ("model.d_model / model.n_heads", m.d_model // m.n_heads)
+        if m.head_dim is None
+        else ("model.head_dim", m.head_dim)
+    )
+    require(head_dim % 8 == 0, f"{name} = {head_dim}: the head dimension must be a multiple of 8")
     require(
-        (m.d_model // m.n_heads) % 8 == 0,
-        f"model.d_model / model.n_heads = {m.d_model // m.n_heads}: the head dimension must be a multiple of 8",
+        m.local_rope_theta is None or m.positions == "rotary",
+        f"model.local_rope_theta = {m.local_rope_theta}: model.positions is {m.positions!r}, not 'rotary'",
     )
     require(
         m.n_heads % (m.n_kv_heads or m.n_heads) == 0,

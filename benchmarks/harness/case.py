@@ -68,6 +68,8 @@ class Case:
     """Whether the bytes are those of tensors that are updated where they lie, for the machine's limit."""
     memory: bool = False
     """Whether peak memory tells the providers apart."""
+    counted: Mapping[str, float] = field(default_factory=dict)
+    """What one run gets through besides `work`, whoever runs it: tokens, documents. Shown as rates."""
 
     @property
     def name(self) -> str:

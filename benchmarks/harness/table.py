@@ -55,6 +55,7 @@ def rows(measured: Sequence[Measured]) -> list[dict[str, Any]]:
                 "minimum": min(milliseconds), "rounds": len(milliseconds), "samples": milliseconds,
                 "rate": rate, "rate_unit": f"{case.unit}/s", "limit": m.limit.rate, "limit_workload": m.limit.workload,
                 "share_of_limit": rate / m.limit.rate,
+                "counted_per_second": {what: count / median * 1e3 for what, count in case.counted.items()},
                 "times_faster": {r.peer: [r.value, r.low, r.high] for r in m.ratios if r.ours == name},
             }  # fmt: skip
             found.append(row | speed)
@@ -90,14 +91,16 @@ def markdown(measured: Sequence[Measured]) -> str:
         what = ", ".join(f"{k} {v}" for k, v in case.config.items())
         peak, unit = f"{m.limit.rate / 1e9:,.0f}", f"G{case.unit}/s"
         lines += [f"### {title}", "", f"{what}. Measured limit: {peak} {unit} ({m.limit.workload}).", ""]
-        lines.append("| provider | median ms | 20 to 80 % | share of limit |" + (" peak MB |" if memory else ""))
-        lines.append("|---|---:|---:|---:|" + ("---:|" if memory else ""))
+        columns = [*(f"{what}/s" for what in case.counted), *(["peak MB"] if memory else [])]
+        lines.append("| provider | median ms | 20 to 80 % | share of limit |" + "".join(f" {c} |" for c in columns))
+        lines.append("|---|---:|---:|---:|" + "---:|" * len(columns))
         for name, times in m.times.items():
             median = statistics.median(times)
             spread = f"{percentile(times, 0.2):.4g} to {percentile(times, 0.8):.4g}"
             share = f"{case.work / median * 1e3 / m.limit.rate:.0%}"
             shown = f"**{name}**" if name.startswith(OURS) else name
-            end = f" {m.memory[name]:.0f} |" if name in m.memory else " |" if memory else ""
+            end = "".join(f" {count / median * 1e3:,.0f} |" for count in case.counted.values())
+            end += f" {m.memory[name]:.0f} |" if name in m.memory else " |" if memory else ""
             lines.append(f"| {shown} | {median:.4g} | {spread} | {share} |{end}")
         if m.ratios:
             lines += ["", "| ours | against | times faster | within rounds, 20 to 80 % |", "|---|---|---:|---:|"]

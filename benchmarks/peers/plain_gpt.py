@@ -59,7 +59,7 @@ class PlainMasters:
 class PlainStep:
     """precision: fp32; autocast (fp32 parameters, bf16 autocast); bf16 (bf16 parameters with fp32 masters)."""
 
-    def __init__(self, model: PlainGPT, precision: str, compiled: bool, lr: float):
+    def __init__(self, model: nn.Module, precision: str, compiled: bool, lr: float):
         self.precision = precision
         # Masters of the weights before they are rounded to bf16 would start elsewhere than ours, made from bf16.
         self.params: list[Tensor] = list(
@@ -73,9 +73,9 @@ class PlainStep:
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
-            loss = self.loss(tokens, targets)
+    def __call__(self, *batch: Tensor) -> Tensor:
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=self.precision == "autocast"):
+            loss = self.loss(*batch)
         loss.backward()
         if self.masters is not None:
             self.masters.take_gradients()

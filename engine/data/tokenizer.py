@@ -135,19 +135,26 @@ def load_tokenizer(path: Path, end_token: str = END_TOKEN) -> str:
     Raises UserError if it is none, or lacks `end_token`.
     """
     path = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from error
+    text = plain_tokenizer(path)
+    tokenizer = Tokenizer.from_str(text)
     if tokenizer.token_to_id(end_token) is None:
         special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
         raise UserError(
             f"{path}: no token {end_token!r} to end documents with; name one with --end-token "
             f"(special tokens: {', '.join(map(repr, special)) or 'none'})"
         )
+    return text
+
+
+def plain_tokenizer(path: Path) -> str:
+    """The JSON of a tokenizer.json without what it truncates or pads to. Raises UserError if it is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        Tokenizer.from_str(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from error
     # Edited here and not by the library, whose reader rounds a unigram model's scores anew each time.
     # A truncation would crop documents.
     return json.dumps({**json.loads(text), "truncation": None, "padding": None}, indent=2, ensure_ascii=False)

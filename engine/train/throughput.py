@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 
 from hotloop.engine.config import ModelConfig
-from hotloop.engine.model import feed_forward_width
+from hotloop.engine.model import feed_forward_width, head_dimension, is_local
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ def matmul_parameters(config: ModelConfig) -> int:
     if config.vocab_size is None:
         raise ValueError("matmul_parameters needs config.vocab_size: got None, expected the tokenizer's size")
     D, F = config.d_model, feed_forward_width(config)
-    C = D // config.n_heads
+    C = head_dimension(config)
     kv_heads = config.n_kv_heads or config.n_heads
-    attention = D * C * (config.n_heads + 2 * kv_heads) + D * D
-    feed_forward = (3 if config.activation == "swiglu" else 2) * D * F
-    return config.n_layers * (attention + feed_forward) + config.vocab_size * D
+    attention = 2 * D * C * (config.n_heads + kv_heads)
+    feed_forward = (3 if config.activation in ("swiglu", "geglu") else 2) * D * F
+    head = config.vocab_size * D + (D * D if config.head == "masked" else 0)
+    return config.n_layers * (attention + feed_forward) + head
 
 
 def step_flops(
@@ -53,14 +54,18 @@ def step_flops(
     context: T, the length of packs (default: the model's). sum_squares: the sum over the step's pieces of length^2
     (a piece is what attends within itself); without it each pack is taken as one piece of length T, an upper bound.
 
-    With pairs = sum n^2, or sum n (n + 1) / 2 when causal: exact = 6 N tokens + 12 L Hq C pairs.
+    With pairs = sum n^2, or sum n (n + 1) / 2 when causal: exact = 6 N tokens + 12 L Hq C pairs. A local layer has at
+    most 2 local_window + 1 pairs a token, or local_window + 1.
     """
     T = config.context if context is None else context
     squares = tokens * T if sum_squares is None else sum_squares
     pairs = (squares + tokens) // 2 if config.causal else squares
     dense = 6 * matmul_parameters(config) * tokens
-    per_pair = 12 * config.n_layers * config.d_model
-    return StepFlops(palm=dense + per_pair * tokens * T, exact=dense + per_pair * pairs)
+    n_local = sum(is_local(config, layer) for layer in range(config.n_layers))
+    window = (config.local_window or 0) * (1 if config.causal else 2) + 1
+    layer_pairs = (config.n_layers - n_local) * pairs + n_local * min(pairs, window * tokens)
+    per_pair = 12 * config.n_heads * head_dimension(config)
+    return StepFlops(palm=dense + per_pair * config.n_layers * tokens * T, exact=dense + per_pair * layer_pairs)
 
 
 class Throughput:

@@ -80,10 +80,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     refused("hidden_act", hidden_act="relu")
     refused("attention_bias", attention_bias=True)
     refused("rope type 'yarn'", rope_parameters={"rope_type": "yarn"})
-    refused("head_dim = 16", head_dim=16)
-    refused(r"mlp.gate_proj.weight\+mlp.up_proj.weight: shape", intermediate_size=80)
+    refused(r"q_proj.weight: shape \(32, 32\), expected \(64, 32\)", head_dim=16)
+    refused(r"mlp.gate_proj.weight: shape \(72, 32\), expected \(80, 32\)", intermediate_size=80)
     refused(r"layers.2.*is missing", num_hidden_layers=3)
-    refused("not part of LlamaForCausalLM", num_hidden_layers=1)
+    refused("not of llama", num_hidden_layers=1)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):

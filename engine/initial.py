@@ -1,0 +1,131 @@
+"""What a run starts from: a checkpoint of another library (a folder of `transformers`) or a run of hotloop.
+
+initial = read_initial("checkpoints/minilm", n_labels=3, pooling="mean", classifier_head="linear")
+model = Transformer(initial.config).initialize(seed)
+model.load_initial(initial.state)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hotloop.engine.config import ModelConfig, Recipe
+from hotloop.engine.data.tokenizer import plain_tokenizer
+from hotloop.engine.errors import UserError
+from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint
+from hotloop.engine.pretrained.names import head_of, shapes
+from hotloop.engine.pretrained.read import read_weights, wish
+from hotloop.engine.recipe import from_dict, load_toml
+from hotloop.engine.special_tokens import SpecialTokens, read_special_tokens, vocabulary
+
+
+@dataclass(frozen=True)
+class Initial:
+    config: ModelConfig
+    state: dict[str, Tensor]
+    """For `Transformer.load_initial`: what it lacks of a head is drawn anew."""
+    tokenizer: str | None
+    """Text of tokenizer.json, without truncation and padding; None: the folder has none."""
+    special: SpecialTokens
+    fingerprint: str
+    """SHA-256 of settings, weights and tokenizer."""
+    source: str
+    dropped: tuple[str, ...] = ()
+    """Tensors of heads that were not asked for, by the names of the checkpoint."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes of a classifier that came with the checkpoint."""
+
+
+def read_initial(
+    source: Path | str,
+    *,
+    n_labels: int | None = 0,
+    head: Literal["linear", "masked", "none"] | None = None,
+    classifier_head: Literal["linear", "bert", "modernbert"] | None = None,
+    pooling: Literal["cls", "mean", "last"] | None = None,
+    which: Literal["last", "best"] = "last",
+) -> Initial:
+    """Read a folder of `transformers` (config.json + safetensors) or of a run (config.toml + checkpoints).
+
+    n_labels: a new classifier of so many classes, whose last layer is drawn anew; 0: none; None: the checkpoint's own.
+    head: the language model's; one that the checkpoint lacks is drawn anew; None: the checkpoint's own, or none
+    beside a classifier. classifier_head and pooling: the family's own unless given. which: of a run's checkpoints.
+
+    Raises UserError, before any work, for what is not served, missing, misshapen or unknown, by name; for a head that
+    the family cannot have; and for a tokenizer with more entries than the embedding has rows.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; expected one of `transformers` (config.json) or a run (config.toml)"
+        )
+    if (folder / "config.toml").exists():
+        return _read_run(folder, n_labels, head, classifier_head, pooling, which)
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"{folder}: neither {CONFIG} nor config.toml is there: not a checkpoint of `transformers` nor a run"
+        )
+    weights = read_weights(folder, n_labels=n_labels, head=head, classifier_head=classifier_head, pooling=pooling)
+    tokenizer = plain_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    special = _special_tokens(folder, tokenizer, weights.config)
+    return Initial(
+        weights.config, weights.state, tokenizer, special, fingerprint(folder), str(folder), weights.dropped,
+        weights.labels,
+    )  # fmt: skip
+
+
+def _read_run(
+    folder: Path, n_labels: int | None, head: Any, classifier_head: Any, pooling: Any, which: Literal["last", "best"]
+) -> Initial:
+    from hotloop.engine.checkpointed import find_weights
+
+    recipe = from_dict(Recipe, load_toml(folder / "config.toml"), str(folder / "config.toml"))
+    theirs = recipe.model
+    has = head_of(theirs)
+    if theirs.causal and not theirs.n_labels:  # as decoders have it: the last position has seen the text
+        theirs = replace(theirs, pooling="last", classifier_bias=False)
+    config = wish(
+        theirs, has=has, there=theirs.n_labels, n_labels=n_labels, head=head, classifier_head=classifier_head,
+        pooling=pooling,
+    )  # fmt: skip
+    if config.head == "masked" and config.causal:
+        raise UserError(
+            f"{folder}: a causal model has no head for masked language modelling: train with another objective"
+        )
+    found, weights, _ = find_weights(folder / "checkpoints", which)
+    wanted = shapes(config)
+    # The classes of another task are not those of this one: a classifier that is asked for begins anew.
+    new = ("classifier.out.",) if n_labels is not None else ()
+    state = {
+        name: tensor[: wanted[name][0]]  # without the padding of the vocabulary
+        for name, tensor in weights.items()
+        if name in wanted and not name.startswith(new)
+    }
+    dropped = tuple(name for name in weights if name not in state)
+    tokenizer = plain_tokenizer(folder / TOKENIZER)
+    special = _special_tokens(folder, tokenizer, config)
+    digest = hashlib.sha256((folder / "config.toml").read_bytes())
+    for record in found.files.values():
+        digest.update(record.sha256.encode())
+    return Initial(config, state, tokenizer, special, digest.hexdigest(), str(folder), dropped)
+
+
+def _special_tokens(folder: Path, tokenizer_json: str | None, config: ModelConfig) -> SpecialTokens:
+    ids = {} if tokenizer_json is None else vocabulary(tokenizer_json)
+    _check_size(folder, ids, config)
+    return read_special_tokens(folder, ids, config.vocab_size or 0)
+
+
+def _check_size(folder: Path, ids: Mapping[str, int], config: ModelConfig) -> None:
+    largest = max(ids.values(), default=-1)
+    if largest >= (config.vocab_size or 0):
+        raise UserError(
+            f"{folder}: {TOKENIZER} has {largest + 1} entries, but the embedding has {config.vocab_size} rows: "
+            "they are not of one model (`hotloop prepare --extend-tokenizer` adds tokens and rows)"
+        )

@@ -1,0 +1,101 @@
+"""Our model -> a folder that `transformers` loads to equal logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hotloop.engine.config import ModelConfig
+from hotloop.engine.errors import UserError
+from hotloop.engine.files import ASIDE
+from hotloop.engine.model import Transformer
+from hotloop.engine.pretrained.families import FAMILIES, Family, Head
+from hotloop.engine.pretrained.files import CONFIG, WEIGHTS
+from hotloop.engine.pretrained.names import entries, head_of
+from hotloop.engine.special_tokens import SpecialTokens, settings_of, tokenizer_files
+
+
+def save_pretrained(
+    model: Transformer,
+    folder: Path | str,
+    *,
+    tokenizer: Path | str | None = None,
+    special: SpecialTokens | None = None,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
+) -> Head:
+    """Write config.json and model.safetensors that `transformers` loads to equal logits.
+
+    tokenizer: a tokenizer.json to go beside them, by its path or as its text; special: its special tokens;
+    labels: names of the classes, in order. The folder must not exist or be empty; it is assembled aside and renamed.
+    Returns what was written.
+    Raises UserError for a configuration that no family covers, with each family's reason.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: give another folder")
+    config = model.config
+    if labels and len(labels) != config.n_labels:
+        raise UserError(f"{len(labels)} labels are given, the model has {config.n_labels} classes")
+    family, kind, values = family_of(config)
+    head = family.heads[kind]
+    tensors = to_theirs(family, kind, config, {n: p.detach().cpu() for n, p in model.named_parameters()})
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    special = special or SpecialTokens()
+    values = {"architectures": [head.architectures[0]], **values, **settings_of(special), "dtype": dtype}
+    text = tokenizer.read_text(encoding="utf-8") if isinstance(tokenizer, Path) else tokenizer
+    if config.n_labels:
+        names = list(labels) or [f"LABEL_{i}" for i in range(config.n_labels)]
+        values["id2label"] = {str(i): name for i, name in enumerate(names)}
+        values["label2id"] = {name: i for i, name in enumerate(names)}
+        values["problem_type"] = f"{'multi' if multi_label else 'single'}_label_classification"
+    aside = folder.with_name(f"{ASIDE}{os.getpid()}-{folder.name}")
+    try:
+        aside.mkdir(parents=True)
+        (aside / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        for name, content in ({} if text is None else tokenizer_files(text, special, config.context)).items():
+            (aside / name).write_text(content, encoding="utf-8")
+        aside.rename(folder)  # replaces an empty folder, fails on any other
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return head
+
+
+def family_of(config: ModelConfig) -> tuple[Family, str, dict[str, Any]]:
+    """(family, its head, config.json) of the first family that computes what this configuration says.
+
+    Raises UserError with the reason of every family otherwise.
+    """
+    kind = head_of(config)
+    if config.n_labels and (config.head == "masked" or not config.tied_head):
+        raise UserError("the model has a classifier and a language model's head: no class of transformers has both")
+    reasons = []
+    for name, family in FAMILIES.items():
+        try:
+            values = family.from_model(config)
+            if kind not in family.heads:
+                raise UserError(f"it has no {kind} head")
+            return family, kind, values
+        except UserError as error:
+            reasons.append(f"{name}: {error}")
+    raise UserError("no family covers this model. " + ". ".join(reasons))
+
+
+def to_theirs(family: Family, kind: str, config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors, each one storage of its own; a tied head is not written."""
+    tensors = {}
+    for name, entry in entries(family, config, kind).items():
+        tensor = ours[name][: entry.shape[0]]
+        for theirs, part in zip(entry.theirs, tensor.split(entry.rows), strict=True):
+            tensors[theirs] = (part.T if entry.transposed else part).contiguous().clone()
+    missing = set(ours) - set(entries(family, config, kind))
+    assert not missing, missing
+    return tensors
