@@ -48,11 +48,10 @@ class ClassificationPlan:
             raise UserError("labels.train is not set: give the files of labelled texts")
         self.data: LabelledData = read_labelled(recipe.labels)
         self.weights = class_weights(recipe, self.data)
-        f = recipe.finetune
+        given = recipe.initial
         self.initial: Initial = read_initial(
-            recipe.initial.path, n_labels=len(self.data.classes), head="none",
-            pooling=None if f.pooling == "auto" else f.pooling,
-            classifier_head=None if f.classifier_head == "auto" else f.classifier_head,
+            given.path, n_labels=len(self.data.classes), head="none",
+            pooling=given.pooling, classifier_head=given.classifier_head,
         )  # fmt: skip
         if self.initial.tokenizer is None:
             raise UserError(f"{self.initial.source}: no tokenizer.json, without which texts cannot be read")
@@ -68,9 +67,9 @@ class ClassificationPlan:
 
     def _context(self, recipe: Recipe) -> int:
         longest = self.initial.config.context
-        context = recipe.data.context or longest
+        context = recipe.initial.context or longest
         if context > longest:
-            raise UserError(f"data.context = {context}: longer than that of {self.initial.source}, {longest}")
+            raise UserError(f"initial.context = {context}: longer than that of {self.initial.source}, {longest}")
         return context
 
     def _encode(self, encode: TextEncoder) -> dict[str, Pieces]:
@@ -99,7 +98,7 @@ class ClassificationPlan:
         }
 
     def resolve(self, recipe: Recipe) -> Recipe:
-        config = self.initial.config
+        config, dropout = self.initial.config, recipe.initial.dropout
         if recipe.finetune.frozen_layers > config.n_layers:
             raise UserError(
                 f"finetune.frozen_layers = {recipe.finetune.frozen_layers}: the checkpoint has {config.n_layers} layers"
@@ -110,7 +109,7 @@ class ClassificationPlan:
         return replace(
             recipe,
             data=replace(recipe.data, context=self.context),
-            model=replace(config, dropout=recipe.model.dropout),
+            model=replace(config, dropout=config.dropout if dropout is None else dropout),
             train=replace(recipe.train, steps=steps),
         )
 

@@ -43,6 +43,8 @@ def matmul_parameters(config: ModelConfig) -> int:
     attention = 2 * D * C * (config.n_heads + kv_heads)
     feed_forward = (3 if config.activation in ("swiglu", "geglu") else 2) * D * F
     head = config.vocab_size * D + (D * D if config.head == "masked" else 0)
+    if config.n_labels:  # one row a text, which is next to nothing
+        head = 0
     return config.n_layers * (attention + feed_forward) + head
 
 
