@@ -197,6 +197,64 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class LabelsConfig:
+    """Labelled texts of a classification."""
+
+    train: tuple[str, ...] = ()
+    """Files of labelled rows (CSV, JSONL, Parquet, also .gz or .zst) or folders of them."""
+    validation: tuple[str, ...] = ()
+    """The same; none: drawn from `train`. Every choice is made on validation."""
+    test: tuple[str, ...] = ()
+    """The same; none: drawn from `train`. The model sees it once, at the end."""
+    split_field: str | None = None
+    """Field of the rows of `train` that says train, validation or test; none: `train` is what its name says."""
+    text: str = "text"
+    """Field that holds the text."""
+    label: str = "label"
+    """Field that holds the label's name, or the names where multi_label is set."""
+    classes: tuple[str, ...] = ()
+    """Names of all labels; none: those of the training rows, sorted."""
+    multi_label: bool = False
+    """Any number of labels for a text: a list, or in CSV names with `separator` between them; an empty one is none."""
+    separator: str = ","
+    """Between the names of a multi-label text in CSV."""
+    budget: int | None = None
+    """Labelled texts to use, training and validation together, drawn by split_seed; none: all."""
+    validation_fraction: float = 0.1
+    """Share of the labelled texts drawn for validation where it has no files."""
+    test_fraction: float | None = None
+    """Share of all texts drawn for testing where it has no files; none: 0.2, or all that `budget` leaves."""
+    split_seed: int = 0
+    """Decides what is drawn. Draws are stratified, and a larger budget holds the smaller one."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: weight n / (K n_c) for the K classes; with multi_label, positives weigh negatives / positives."""
+    weights: tuple[float, ...] = ()
+    """Weights of the classes in the order of `classes`, which they need; instead of class_weights."""
+    on_long: Literal["error", "truncate", "window"] = "error"
+    """Texts longer than the model: refuse; keep their beginning; or overlapping windows whose probabilities are
+    averaged (an epoch of training sees one window of each text, drawn anew)."""
+    threshold: Literal["half", "validation"] = "half"
+    """Multi-label: probability from which a label is given: 0.5, or the one of the best micro-F1 on validation."""
+    baselines: bool = _execution(True)
+    """Fit the TF-IDF baseline beside the model."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How far a checkpoint moves."""
+
+    layer_decay: float = 1.0
+    """Learning rate of a layer over that of the layer above it; the embeddings are below the first, the new head has
+    the full rate."""
+    frozen_layers: int = 0
+    """Layers from the bottom that stay as they are, and with them the embeddings."""
+    freeze_embeddings: bool = False
+    """Leave the embeddings as they are where no layer is frozen."""
+    epochs: float | None = None
+    """Passes over the training texts; none: train.steps."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = _execution(200)
     """Steps between checkpoints; the last step always has one."""
@@ -233,8 +291,10 @@ class LogConfig:
 class Recipe:
     """A whole run."""
 
-    objective: Literal["causal", "masked"] = "causal"
+    objective: Literal["causal", "masked", "classification"] = "causal"
     data: DataConfig = DataConfig()
+    labels: LabelsConfig = LabelsConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     model: ModelConfig = ModelConfig()
     initial: InitialConfig = InitialConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -92,6 +92,22 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     fsync_folder(path.parent)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path`, for writers that open files by themselves: synced and renamed when the block ends, removed
+    when it raises."""
+    aside = aside_of(path)
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
 def write_file(path: Path, data: Bytes | str) -> FileRecord:
     """Write a whole file, whole or not at all."""
     with atomic_writer(path) as writer:

@@ -59,10 +59,6 @@ def check(recipe: Recipe) -> None:
     """Constraints that one field alone does not show. Raises RecipeError."""
     m, t, g, masking = recipe.model, recipe.train, recipe.guards, recipe.masking
 
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise RecipeError(message)
-
     positive = {
         "model.context": m.context, "model.n_layers": m.n_layers, "model.d_model": m.d_model,
         "model.n_heads": m.n_heads, "model.n_kv_heads": m.n_kv_heads, "model.d_ff": m.d_ff,
@@ -136,6 +132,44 @@ def check(recipe: Recipe) -> None:
         t.global_batch % t.micro_batch == 0,
         f"train.global_batch = {t.global_batch}: must be a multiple of train.micro_batch = {t.micro_batch}",
     )
+    _check_classification(recipe)
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise RecipeError(message)
+
+
+def _check_classification(recipe: Recipe) -> None:
+    labels, f = recipe.labels, recipe.finetune
+    require(labels.budget is None or labels.budget > 1, f"labels.budget = {labels.budget}: must be at least 2")
+    require(labels.split_seed >= 0, f"labels.split_seed = {labels.split_seed}: must not be negative")
+    for name, share in {
+        "validation_fraction": labels.validation_fraction,
+        "test_fraction": labels.test_fraction,
+    }.items():
+        require(share is None or 0 < share < 1, f"labels.{name} = {share}: must be greater than 0 and below 1")
+    require(
+        labels.split_field is None or not (labels.validation or labels.test or labels.budget),
+        "labels.split_field: with it labels.validation, labels.test and labels.budget must be left out",
+    )
+    twice = sorted({name for name in labels.classes if labels.classes.count(name) > 1})
+    require(not twice, f"labels.classes: {', '.join(map(repr, twice))} is there twice")
+    require(
+        not labels.weights or bool(labels.classes),
+        "labels.weights: needs labels.classes, in whose order the weights are",
+    )
+    require(
+        not labels.weights or labels.class_weights == "none",
+        f"labels.weights: leave out labels.class_weights = {labels.class_weights!r}",
+    )
+    require(
+        all(weight >= 0 for weight in labels.weights) and (not labels.weights or max(labels.weights) > 0),
+        f"labels.weights = {list(labels.weights)}: must not be negative, nor all 0",
+    )
+    require(0 < f.layer_decay <= 1, f"finetune.layer_decay = {f.layer_decay}: must be greater than 0 and at most 1")
+    require(f.frozen_layers >= 0, f"finetune.frozen_layers = {f.frozen_layers}: must not be negative")
+    require(f.epochs is None or f.epochs > 0, f"finetune.epochs = {f.epochs}: must be greater than 0")
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "", *, inside: bool = False) -> T:

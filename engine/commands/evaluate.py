@@ -13,16 +13,19 @@ import tyro
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Loss, perplexity and bits per byte of a run's model on held-out documents.
+    """Loss, perplexity and bits per byte of a run's model on held-out documents; accuracy and F1 of a classifier.
 
     Examples:
       hotloop eval runs/mine
       hotloop eval runs/mine --checkpoint best --max-bytes 1000000 --json
       hotloop eval runs/mine --data corpora/other --split train
+      hotloop eval runs/sentiment --labelled new.csv more.jsonl
 
     Every token is scored once, the end of each document included: loss is the mean in nats per token, bits per byte the
     sum / ln 2 / UTF-8 bytes of the text, which compares models of different tokenizers. Another corpus must have been
     prepared with the run's tokenizer: hotloop prepare ... --tokenizer runs/mine/tokenizer.json
+
+    A run of `hotloop finetune` is evaluated on any files of labelled rows (--labelled).
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -37,18 +40,27 @@ class Evaluate:
     """Text to score: whole documents, drawn by the seed; none: all."""
     seed: int = 0
     """Decides which documents --max-bytes draws."""
-    checkpoint: Literal["last", "best"] = "last"
-    """The newest one, or the one with the lowest held-out loss."""
+    labelled: tuple[Path, ...] = ()
+    """For a classifier: CSV, JSONL or Parquet files with its fields of text and label."""
+    on_long: Literal["error", "truncate", "window"] | None = None
+    """For a classifier: what becomes of texts longer than the model; none: as in training."""
+    checkpoint: Literal["last", "best"] | None = None
+    """The newest one, or the one with the lowest held-out loss; none: last, and best of a classifier."""
     json: bool = False
     """Print one JSON object."""
 
     def __call__(self) -> int:
+        if self.labelled:
+            return self._classifier()
         from hotloop.engine.checkpointed import load_run
+        from hotloop.engine.classifier import LABELS, best_seed
         from hotloop.engine.data.shards import Corpus
         from hotloop.engine.errors import UserError
         from hotloop.engine.train.evaluate import evaluate
 
-        trained = load_run(self.run, self.checkpoint)
+        if (best_seed(self.run) / LABELS).exists():
+            raise UserError(f"{self.run} is a classifier: give files of labelled texts with --labelled")
+        trained = load_run(self.run, self.checkpoint or "last")
         for note in trained.notes:
             print(f"hotloop: {note}", file=sys.stderr)
         folder = self.data or Path(trained.recipe.data.path)
@@ -77,4 +89,31 @@ class Evaluate:
                 f"{result.bits_per_byte:.4f} bits/byte\n{result.documents:,} documents, {result.tokens:,} tokens, "
                 f"{result.bytes:,} bytes; windows of {context} tokens, stride {stride}; {result.seconds:.1f} s"
             )
+        return 0
+
+    def _classifier(self) -> int:
+        from hotloop.engine.classifier import load_classifier
+        from hotloop.engine.data.labelled import read_examples
+        from hotloop.engine.report.scores import decide, negative_log_likelihood, score
+
+        trained = load_classifier(self.run, self.checkpoint or "best", on_long=self.on_long)
+        for note in trained.notes:
+            print(f"hotloop: {note}", file=sys.stderr)
+        examples = read_examples(self.labelled, trained.labels, trained.classes)
+        probabilities = trained.probabilities(examples.texts, examples.where)
+        answers = decide(probabilities, trained.multi_label, trained.threshold)
+        found = score(examples.labels, answers, trained.classes)
+        loss = negative_log_likelihood(examples.labels, probabilities)
+        if self.json:
+            print(json.dumps({"run": str(trained.folder), "step": trained.step, "loss": loss, **found.to_dict()}))
+            return 0
+        right = "all labels right" if trained.multi_label else "accuracy"
+        print(
+            f"{trained.folder}, step {trained.step}: {right} {found.accuracy:.4f}  macro-F1 {found.macro_f1:.4f}  "
+            f"micro-F1 {found.micro_f1:.4f}  loss {loss:.4f} nats/text  on {found.examples:,} texts"
+        )
+        width = max(len(name) for name in ("class", *trained.classes))
+        print(f"{'class':<{width}}  precision  recall      F1    texts")
+        for one in found.classes:
+            print(f"{one.name:<{width}}  {one.precision:9.4f}  {one.recall:6.4f}  {one.f1:6.4f}  {one.support:7,}")
         return 0

@@ -18,7 +18,9 @@ import tyro
 from hotloop.engine.commands.demo import Demo
 from hotloop.engine.commands.doctor import Doctor
 from hotloop.engine.commands.evaluate import Evaluate
+from hotloop.engine.commands.finetune import Finetune
 from hotloop.engine.commands.generate import Generate
+from hotloop.engine.commands.predict import Predict
 from hotloop.engine.commands.prepare import Prepare
 from hotloop.engine.commands.pretrain import Pretrain
 from hotloop.engine.commands.tune import Tune
@@ -31,7 +33,9 @@ Train language models on your own documents.
   hotloop prepare my_documents/ --out corpora/mine     documents -> tokenizer and shards
   hotloop pretrain recipes/mine.toml --out runs/mine   shards -> model; the same command again resumes
   hotloop generate runs/mine --prompt "Once"           text from the model
-  hotloop eval runs/mine                               held-out loss, perplexity, bits per byte
+  hotloop finetune recipes/labels.toml --out runs/l    labelled texts, checkpoint -> classifier, beside baselines
+  hotloop predict runs/l texts.csv --out labels.csv    label and probabilities for each text
+  hotloop eval runs/mine                               held-out loss, perplexity; accuracy of a classifier
   hotloop doctor                                       what this machine has, which backend serves each op
   hotloop tune attention                               measures launch configurations on this GPU
   hotloop demo                                         all of it on Python's own library, in five minutes
@@ -46,6 +50,8 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "prepare": Prepare,
     "pretrain": Pretrain,
     "generate": Generate,
+    "finetune": Finetune,
+    "predict": Predict,
     "eval": Evaluate,
     "doctor": Doctor,
     "tune": Tune,

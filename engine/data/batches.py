@@ -133,8 +133,8 @@ class Batches(Protocol):
     """The global batches of a run: a pure function of (seed, step), whatever the ranks and micro-batches they are cut
     into."""
 
-    def n_supervised(self, step: int) -> int:
-        """What the summed loss of the whole global batch is divided by."""
+    def n_supervised(self, step: int) -> float:
+        """What the summed loss of the whole global batch is divided by; 0 where it supervises nothing."""
 
     def n_tokens(self, step: int) -> int:
         """Tokens of the whole global batch, without padding."""

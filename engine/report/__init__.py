@@ -23,6 +23,7 @@ def write_report(run_folder: Path | str, extra: Mapping[str, Any] | None = None)
         baseline     {context length: bits per byte}, as from `kneser_ney_bits_per_byte` on the evaluation's documents
         timings      {stage of the command: seconds}; a nested "step" {part of the steps: seconds} joins what the
                      metrics say
+        classification   result.json of a run of `hotloop finetune`
         model, corpus, environment      facts by name, shown as they are
 
     Whatever is missing is left out of the page: a run without evaluations, without a baseline, or interrupted. Both

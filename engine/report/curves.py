@@ -76,7 +76,12 @@ def loss_curve(run: Run) -> Picture:
         low = np.full(len(skipped), axes.get_ylim()[0])
         axes.plot(skipped, low, "|", color=INKS["held"], markersize=9.0, clip_on=False)
 
-    return Picture("Loss, nats per token", _over_steps("loss", draw, WIDE), tuple(legend))
+    return Picture(f"Loss, nats per {unit(run)}", _over_steps("loss", draw, WIDE), tuple(legend))
+
+
+def unit(run: Run) -> str:
+    """What a loss is the mean over."""
+    return "text" if run.config.get("objective") == "classification" else "token"
 
 
 def learning_rate_curve(run: Run) -> Picture:
@@ -205,10 +210,11 @@ def _over_steps(name: str, draw: Callable[[Axes], None], size: tuple[float, floa
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.margins(x=0.01)
 
-    return _svg(name, with_steps, size)
+    return drawing(name, with_steps, size)
 
 
-def _svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
+def drawing(name: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
+    """An svg element; `name` sets its ids apart from those of the page's other pictures."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from hotloop.engine.report import curves
+from hotloop.engine.report import classification, curves
 from hotloop.engine.report.style import STYLE
 from hotloop.engine.report.summary import Run, verdict
 
@@ -17,20 +17,29 @@ EVENTS_SHOWN = 200
 
 def page(run: Run, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str] | str] | None) -> str:
     """The whole page from a run, its `summarize` and the samples."""
+    result = summary["classification"]
     sections = [
-        _section("Held-out text against counting", _bits(summary)),
-        _section("Loss", _loss(run, summary)),
-        _section("Learning rate and gradient", _schedule(run)),
-        _section("Speed and memory", _speed(run, summary)),
-        _section("Where the time went", _time(summary)),
-        _section("Samples", _samples(samples)),
-        _section("Events", _events(run)),
-        _section("Model", _table(summary["model"])),
-        _section("Corpus", _table(summary["corpus"])),
-        _section("Environment", _table(summary["environment"])),
-        _section("Resolved configuration", _config(run)),
+        section("Classification", classification.section(result, figure) if result else ""),
+        section("Held-out text against counting", _bits(summary)),
+        section("Loss", _loss(run, summary)),
+        section("Learning rate and gradient", _schedule(run)),
+        section("Speed and memory", _speed(run, summary)),
+        section("Where the time went", _time(summary)),
+        section("Samples", _samples(samples)),
+        section("Events", _events(run)),
+        section("Model", _table(summary["model"])),
+        section("Corpus", _table(summary["corpus"])),
+        section("Environment", _table(summary["environment"])),
+        section("Resolved configuration", _config(run)),
     ]
-    name = escape(summary["name"])
+    return document(
+        summary["name"], "hotloop training report", _status(summary), f"{_headline(summary)}\n{''.join(sections)}"
+    )
+
+
+def document(name: str, kind: str, status: str, body: str) -> str:
+    """A page around its sections; `body` is HTML."""
+    name = escape(name)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -42,13 +51,12 @@ def page(run: Run, summary: Mapping[str, Any], samples: Sequence[Mapping[str, st
 </head>
 <body>
 <header>
-<p class="kind">hotloop training report</p>
+<p class="kind">{escape(kind)}</p>
 <h1>{name}</h1>
-<p class="status">{escape(_status(summary))}</p>
+<p class="status">{escape(status)}</p>
 </header>
 <main>
-{_headline(summary)}
-{"".join(sections)}</main>
+{body}</main>
 </body>
 </html>
 """
@@ -76,7 +84,10 @@ def _status(summary: Mapping[str, Any]) -> str:
 
 def _headline(summary: Mapping[str, Any]) -> str:
     evaluation = summary["evaluation"] or {}
-    tiles: list[tuple[str, Any, str | Callable[[float], str]]] = [
+    if summary["classification"]:
+        tiles = classification.headline(summary["classification"])
+        return _tiles(tiles)
+    tiles = [
         ("bits per byte, held out", summary["bits_per_byte"], "{:.3f}"),
         ("held-out loss, nats per token", evaluation.get("loss"), "{:.3f}"),
         ("training loss, last 5 % of steps", summary["train_loss"], "{:.3f}"),
@@ -84,6 +95,10 @@ def _headline(summary: Mapping[str, Any]) -> str:
         ("tokens per second", summary["tokens_per_second"], "{:,.0f}"),
         ("of the measured matmul peak", summary["mfu"], "{:.0%}"),
     ]
+    return _tiles(tiles)
+
+
+def _tiles(tiles: Sequence[tuple[str, Any, str | Callable[[float], str]]]) -> str:
     cells = [
         f"<div><dt>{escape(label)}</dt><dd>{form.format(value) if isinstance(form, str) else form(value)}</dd></div>"
         for label, value, form in tiles
@@ -105,12 +120,12 @@ def _bits(summary: Mapping[str, Any]) -> str:
         where.append(f"The number is that of the {summary['bits_per_byte_from']}, not of a final one.")
     if not baseline:
         where.append("No counting model was fitted in this run, so there is nothing to compare with.")
-        return _prose(f"{summary['bits_per_byte']:.3f} bits per byte. " + " ".join(where))
+        return prose(f"{summary['bits_per_byte']:.3f} bits per byte. " + " ".join(where))
     sentence = verdict(summary) or "The run has no evaluation to compare with the counting models."
     where.append("Lower is better; each grey bar is an interpolated Kneser-Ney model of bytes.")
     bars = _bars(summary["bits_per_byte"], baseline)
     sentence = escape(sentence).replace("Kneser-Ney", "Kneser\u2011Ney")  # a hyphen that never ends a line
-    return f'<p class="verdict">{sentence}</p>{bars}{_prose(" ".join(where))}'
+    return f'<p class="verdict">{sentence}</p>{bars}{prose(" ".join(where))}'
 
 
 def _bars(bits: float | None, baseline: Mapping[int, float]) -> str:
@@ -128,30 +143,31 @@ def _bars(bits: float | None, baseline: Mapping[int, float]) -> str:
 
 def _loss(run: Run, summary: Mapping[str, Any]) -> str:
     if "loss" not in run.train:
-        return _prose("The run has no finished step.")
+        return prose("The run has no finished step.")
     best = summary["best_evaluation"]
     if best:
-        text = f"Best evaluation during the run: {best['loss']:.3f} nats per token at step {int(best['step']):,}."
+        unit = curves.unit(run)
+        text = f"Best evaluation during the run: {best['loss']:.3f} nats per {unit} at step {int(best['step']):,}."
     else:
         text = "The run was not evaluated on held-out documents while it trained."
-    return _figure(curves.loss_curve(run)) + _prose(text)
+    return figure(curves.loss_curve(run)) + prose(text)
 
 
 def _schedule(run: Run) -> str:
     figures = []
     if "lr" in run.train:
-        figures.append(_figure(curves.learning_rate_curve(run)))
+        figures.append(figure(curves.learning_rate_curve(run)))
     if (run.train["grad_norm"] > 0).any():
-        figures.append(_figure(curves.grad_norm_curve(run)))
+        figures.append(figure(curves.grad_norm_curve(run)))
     return _pair(figures)
 
 
 def _speed(run: Run, summary: Mapping[str, Any]) -> str:
     figures = []
     if "tokens_per_second" in run.train or "supervised_per_second" in run.train:
-        figures.append(_figure(curves.throughput_curve(run)))
+        figures.append(figure(curves.throughput_curve(run)))
     if "memory_mb" in run.train:
-        figures.append(_figure(curves.memory_curve(run)))
+        figures.append(figure(curves.memory_curve(run)))
     facts = {
         "median step": summary["step_ms"] and f"{summary['step_ms']:,.1f} ms",
         "supervised tokens per second": summary["supervised_per_second"] and f"{summary['supervised_per_second']:,.0f}",
@@ -159,7 +175,7 @@ def _speed(run: Run, summary: Mapping[str, Any]) -> str:
         "peak memory": summary["peak_memory_mb"] and f"{summary['peak_memory_mb']:,.0f} MB",
     }
     text = "; ".join(f"{name} {value}" for name, value in facts.items() if value)
-    return _pair(figures) + (_prose(text[0].upper() + text[1:] + ".") if text else "")
+    return _pair(figures) + (prose(text[0].upper() + text[1:] + ".") if text else "")
 
 
 def _time(summary: Mapping[str, Any]) -> str:
@@ -194,13 +210,13 @@ def _samples(samples: Sequence[Mapping[str, str] | str] | None) -> str:
         blocks.append(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>")
     if not blocks:
         return ""
-    note = _prose("The prompt is bold; the rest is the model's.") if any("<b></b>" not in b for b in blocks) else ""
+    note = prose("The prompt is bold; the rest is the model's.") if any("<b></b>" not in b for b in blocks) else ""
     return note + "".join(blocks)
 
 
 def _events(run: Run) -> str:
     if not run.events and not run.unreadable_lines:
-        return _prose("None: no step was skipped, nothing was rewound or resumed.")
+        return prose("None: no step was skipped, nothing was rewound or resumed.")
     rows = [
         f"<tr><td>{escape(str(event.get('step', '')))}</td><td>{escape(str(event.get('name', '')))}</td>"
         f"<td>{escape(str(event.get('message', '')))}</td></tr>"
@@ -213,7 +229,7 @@ def _events(run: Run) -> str:
         notes.append(f"{len(run.events) - EVENTS_SHOWN:,} further events are in metrics.jsonl.")
     if run.unreadable_lines:
         notes.append(f"{run.unreadable_lines:,} unreadable lines of metrics.jsonl (cut off by a kill) are left out.")
-    return (table if rows else "") + (_prose(" ".join(notes)) if notes else "")
+    return (table if rows else "") + (prose(" ".join(notes)) if notes else "")
 
 
 def _table(values: Mapping[str, Any] | None) -> str:
@@ -250,15 +266,15 @@ def _config(run: Run) -> str:
     return f"<pre>{escape(tomli_w.dumps(run.config))}</pre>" if run.config else ""
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>\n" if body else ""
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def _figure(picture: curves.Picture) -> str:
+def figure(picture: curves.Picture) -> str:
     keys = [f'<span><i style="background: var(--{ink})"></i>{escape(label)}</span>' for ink, label in picture.legend]
     legend = f"<figcaption>{''.join(keys)}</figcaption>" if keys else ""
     return f"<figure><h3>{escape(picture.title)}</h3>{picture.svg}{legend}</figure>"

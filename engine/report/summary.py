@@ -22,7 +22,7 @@ else:
 
 Column = npt.NDArray[np.float64]
 
-EXTRA = ("samples", "evaluation", "baseline", "timings", "environment", "corpus", "model")
+EXTRA = ("samples", "evaluation", "baseline", "timings", "environment", "corpus", "model", "classification")
 
 
 class Columns:
@@ -205,6 +205,7 @@ def summarize(run: Run, extra: Mapping[str, Any] | None = None) -> dict[str, Any
         "timings": timings,
         "events": dict(Counter(str(event.get("name")) for event in run.events)),
         "unreadable_metric_lines": run.unreadable_lines,
+        "classification": extra.get("classification"),
         "model": extra.get("model"),
         "corpus": extra.get("corpus"),
         "environment": extra.get("environment"),

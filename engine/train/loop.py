@@ -184,7 +184,7 @@ class Run:
     # Metrics --------------------------------------------------------------------------------------------------------
 
     def _push(
-        self, result: StepResult, batches: Sequence[Batch], n_supervised: int, *, lr: float, ms: float, **host: Any
+        self, result: StepResult, batches: Sequence[Batch], n_supervised: float, *, lr: float, ms: float, **host: Any
     ) -> None:
         """Hand the step's device scalars over; `_drain` turns them into a line some steps later."""
         t = self.training

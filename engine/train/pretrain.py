@@ -29,6 +29,8 @@ def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] |
     `fault` is called with the name of every point of a checkpoint's write, so that tests can fail there.
     Raises UserError before any work for what cannot be run, RunFailed when the run cannot go on.
     """
+    if recipe.objective not in PLANS:
+        raise UserError(f"objective = {recipe.objective!r} is not pretraining: use `hotloop finetune`")
     return run_plan(recipe, path, PLANS[recipe.objective], fault=fault)
 
 

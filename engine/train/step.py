@@ -69,18 +69,18 @@ class TrainStep:
         self.objective, self.parameters = objective, parameters
         self.optimizer, self.guard, self.ranks = optimizer, guard, ranks
 
-    def __call__(self, batches: Sequence[Batch], n_supervised: int, lr: float, stop: bool = False) -> StepResult:
-        """`n_supervised` counts the whole global batch; `batches` are this rank's micro-batches of it."""
+    def __call__(self, batches: Sequence[Batch], n_supervised: float, lr: float, stop: bool = False) -> StepResult:
+        """`n_supervised` is that of the whole global batch; `batches` are this rank's micro-batches of it."""
         return self.update(*self.accumulate(batches, n_supervised, stop), n_supervised, lr)
 
-    def accumulate(self, batches: Sequence[Batch], n_supervised: int, stop: bool = False) -> tuple[Tensor, Phases]:
+    def accumulate(self, batches: Sequence[Batch], n_supervised: float, stop: bool = False) -> tuple[Tensor, Phases]:
         """This rank's gradients. Returns [loss, stop], what the ranks have yet to sum.
 
         After running out of memory here it can be tried again: nothing but gradients has changed.
         """
         device = self.ranks.device
         phases = Phases(device)
-        normalizer = torch.full((), float(max(n_supervised, 1)), device=device)
+        normalizer = torch.full((), float(n_supervised or 1), device=device)
         shared = torch.tensor([0.0, float(stop)], device=device)
         for batch in batches:
             batch = batch.to(device)
@@ -90,7 +90,7 @@ class TrainStep:
         phases.mark("forward_backward_ms")
         return shared, phases
 
-    def update(self, shared: Tensor, phases: Phases, n_supervised: int, lr: float) -> StepResult:
+    def update(self, shared: Tensor, phases: Phases, n_supervised: float, lr: float) -> StepResult:
         """Sum over ranks, judge, and take the optimizer's step or leave everything as it is."""
         self.ranks.sum_([*(p.grad for p in self.parameters if p.grad is not None), shared])
         if self.ranks.world_size > 1:
@@ -102,7 +102,7 @@ class TrainStep:
         self.optimizer.found_inf = skip
         skipped_before = self.optimizer.skipped_steps.clone()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         phases.mark("optimizer_ms")

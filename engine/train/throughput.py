@@ -43,6 +43,8 @@ def matmul_parameters(config: ModelConfig) -> int:
     attention = 2 * D * C * (config.n_heads + kv_heads)
     feed_forward = (3 if config.activation in ("swiglu", "geglu") else 2) * D * F
     head = config.vocab_size * D + (D * D if config.head == "masked" else 0)
+    if config.n_labels:  # one row a text, which is next to nothing
+        head = 0
     return config.n_layers * (attention + feed_forward) + head
 
 
@@ -87,7 +89,7 @@ class Throughput:
         self.peak = measure_matmul_peak(self.device, dtype)
 
     def of_step(
-        self, seconds: float, *, tokens: int, supervised: int, positions: int, sum_squares: int | None = None
+        self, seconds: float, *, tokens: int, supervised: float, positions: int, sum_squares: int | None = None
     ) -> dict[str, float]:
         """Fields of a train line. tokens, supervised, positions (tokens and padding) and sum_squares (see `step_flops`)
         are of the global batch. mfu is of the exact count, mfu_palm of the other."""

@@ -54,7 +54,7 @@ class Training:
         if self.initial is not None:
             self.model.load_initial(self.initial)
         self.optimizer = AdamW(
-            parameter_groups(self.model, o),
+            parameter_groups(self.model, o, recipe.finetune),
             lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, max_grad_norm=o.max_grad_norm,
             master=self.policy.master, state_dtype=o.moments, seed=recipe.train.seed,
             rounding=self.policy.rounding if o.moments == "float32" else "stochastic",

@@ -62,3 +62,41 @@ def recipe(corpus: Path):
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `transformers` folder of a random encoder of 2 layers x 32 and a vocabulary of about 200."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from hotloop.engine.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choice(WORDS + SENTIMENTS) for _ in range(50)) for _ in range(20)]
+    (folder / "tokenizer.json").write_text(train_tokenizer(texts, "wordpiece", 200), encoding="utf-8")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+SENTIMENTS = ["good", "fine", "bright", "bad", "poor", "dull", "red", "blue"]
+
+
+def labelled_rows(n: int, seed: int = 0) -> list[dict]:
+    """Texts of up to 12 words, two of them telling: positive, negative, or neither (neutral); no text twice."""
+    draw = random.Random(seed)
+    telling = {"positive": SENTIMENTS[:3], "negative": SENTIMENTS[3:6], "neutral": SENTIMENTS[6:]}
+    rows: dict[str, dict] = {}
+    while len(rows) < n:
+        label = draw.choice(sorted(telling))
+        words = [draw.choice(WORDS) for _ in range(draw.randint(2, 10))] + draw.choices(telling[label], k=2)
+        draw.shuffle(words)
+        text = " ".join(words)
+        rows.setdefault(text, {"id": len(rows), "text": text, "label": label})
+    return list(rows.values())
