@@ -21,7 +21,7 @@ from hotloop.engine.data.tokenizer import plain_tokenizer
 from hotloop.engine.errors import UserError
 from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint
 from hotloop.engine.pretrained.names import head_of, shapes
-from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, read_weights, wish
+from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, check_head, read_weights, wish
 from hotloop.engine.recipe import differences, from_dict, load_toml, to_dict
 from hotloop.engine.special_tokens import SpecialTokens, read_special_tokens, vocabulary
 
@@ -130,6 +130,7 @@ def _read_run(
 
     recipe = from_dict(Recipe, load_toml(folder / "config.toml"), str(folder / "config.toml"))
     theirs = recipe.model
+    check_head(folder, "this run", theirs.causal, head)
     has = head_of(theirs)
     if theirs.causal and not theirs.n_labels:  # as decoders have it: the last position has seen the text
         theirs = replace(theirs, pooling="last", classifier_bias=False)
@@ -137,10 +138,6 @@ def _read_run(
         theirs, has=has, there=theirs.n_labels, n_labels=n_labels, head=head, classifier_head=classifier_head,
         pooling=pooling,
     )  # fmt: skip
-    if config.head == "masked" and config.causal:
-        raise UserError(
-            f"{folder}: a causal model has no head for masked language modelling: train with another objective"
-        )
     found, weights, _ = find_weights(folder / "checkpoints", which)
     wanted = shapes(config)
     # The classes of another task are not those of this one: a classifier that is asked for begins anew.
