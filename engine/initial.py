@@ -41,6 +41,8 @@ class Initial:
     """Tensors of heads that were not asked for, by the names of the checkpoint."""
     labels: tuple[str, ...] = ()
     """Names of the classes of a classifier that came with the checkpoint."""
+    multi_label: bool = False
+    """Whether any number of them fits a text."""
 
 
 def read_initial(

@@ -18,6 +18,7 @@ import tyro
 from hotloop.engine.commands.demo import Demo
 from hotloop.engine.commands.doctor import Doctor
 from hotloop.engine.commands.evaluate import Evaluate
+from hotloop.engine.commands.export import Export
 from hotloop.engine.commands.generate import Generate
 from hotloop.engine.commands.prepare import Prepare
 from hotloop.engine.commands.pretrain import Pretrain
@@ -32,6 +33,7 @@ Train language models on your own documents.
   hotloop pretrain recipes/mine.toml --out runs/mine   shards -> model; the same command again resumes
   hotloop generate runs/mine --prompt "Once"           text from the model
   hotloop eval runs/mine                               held-out loss, perplexity, bits per byte
+  hotloop export runs/mine --out exported/mine         a folder that `transformers` loads
   hotloop doctor                                       what this machine has, which backend serves each op
   hotloop tune attention                               measures launch configurations on this GPU
   hotloop demo                                         all of it on Python's own library, in five minutes
@@ -46,6 +48,7 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "prepare": Prepare,
     "pretrain": Pretrain,
     "generate": Generate,
+    "export": Export,
     "eval": Evaluate,
     "doctor": Doctor,
     "tune": Tune,
