@@ -19,7 +19,7 @@ from torch import Tensor
 from hotloop.engine.config import ModelConfig, Recipe
 from hotloop.engine.data.tokenizer import plain_tokenizer
 from hotloop.engine.errors import UserError
-from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint
+from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint, read_json
 from hotloop.engine.pretrained.names import head_of, shapes
 from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, check_head, read_weights, wish
 from hotloop.engine.recipe import differences, from_dict, load_toml, to_dict
@@ -152,10 +152,22 @@ def _read_run(
     dropped = tuple(name for name in weights if name not in state)
     tokenizer = plain_tokenizer(folder / TOKENIZER)
     special = _special_tokens(folder, tokenizer, config)
+    labels: tuple[str, ...] = ()
+    multi_label = False
+    if config.n_labels and n_labels is None:
+        labels, multi_label = _classes(folder)
     digest = hashlib.sha256((folder / "config.toml").read_bytes())
     for record in found.files.values():
         digest.update(record.sha256.encode())
-    return Initial(config, state, tokenizer, special, digest.hexdigest(), str(folder), dropped)
+    return Initial(
+        config, state, tokenizer, special, digest.hexdigest(), str(folder), dropped, labels, multi_label
+    )  # fmt: skip
+
+
+def _classes(folder: Path) -> tuple[tuple[str, ...], bool]:
+    """(names of the classes, whether any number of them fits a text) of a run that classifies."""
+    described = read_json(folder / "labels.json")
+    return tuple(described["classes"]), bool(described["multi_label"])
 
 
 def _special_tokens(folder: Path, tokenizer_json: str | None, config: ModelConfig) -> SpecialTokens:

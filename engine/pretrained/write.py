@@ -74,13 +74,15 @@ def write_pretrained(
     tensors = to_theirs(FAMILIES[name], kind, config, state)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     special = special or SpecialTokens()
-    values = {"architectures": [head.architectures[0]], **values, **settings_of(special), "dtype": dtype}
+    values = {"architectures": [head.architectures[0]], **values, **settings_of(special, config.causal), "dtype": dtype}
     if config.n_labels:
         classes = list(labels) or [f"LABEL_{i}" for i in range(config.n_labels)]
         values["id2label"] = {str(i): label for i, label in enumerate(classes)}
         values["label2id"] = {label: i for i, label in enumerate(classes)}
         values["problem_type"] = f"{'multi' if multi_label else 'single'}_label_classification"
-    files = {} if tokenizer is None else tokenizer_files(tokenizer, special, config.context)
+    files = (
+        {} if tokenizer is None else tokenizer_files(tokenizer, special, context=config.context, causal=config.causal)
+    )
     files[CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     aside = aside_of(folder)
     try:

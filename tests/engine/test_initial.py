@@ -100,7 +100,7 @@ def test_a_head_that_the_family_cannot_have_is_refused(folders):
 
 def test_special_tokens_and_tokenizer(folders, tmp_path):
     initial = read_initial(folders["BertModel"])
-    assert initial.special == SpecialTokens(cls=1, sep=2, mask=4, pad=0, unk=3, end=2)
+    assert initial.special == SpecialTokens(cls=1, sep=2, mask=4, pad=0, unk=3, end=2, bos=1)
     assert json.loads(initial.tokenizer)["truncation"] is None
     assert read_initial(folders["BertModel"]).fingerprint == initial.fingerprint
     assert read_initial(folders["BertForMaskedLM"]).fingerprint != initial.fingerprint
@@ -108,7 +108,7 @@ def test_special_tokens_and_tokenizer(folders, tmp_path):
     folder = folder_of(tmp_path / "named", "BertModel")
     (folder / "tokenizer_config.json").write_text(json.dumps({"cls_token": "a", "mask_token": {"content": "b"}}))
     (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": "[MASK]", "pad_token": None}))
-    assert read_initial(folder).special == SpecialTokens(cls=5, sep=2, mask=4, pad=0, unk=3, end=2)
+    assert read_initial(folder).special == SpecialTokens(cls=5, sep=2, mask=4, pad=0, unk=3, end=2, bos=1)
     (folder / "tokenizer.json").unlink()
     plain = read_initial(folder)
     assert plain.tokenizer is None
