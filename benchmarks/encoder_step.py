@@ -1,5 +1,5 @@
 """The encoder's cases of bench_train_step.py: a step of masked language modelling and one of classification with BERT
-of 6 layers x 384, on 32 documents of 8 to 512 tokens, 120 on average.
+of 6 layers x 384, on 8 documents of 8 to 512 tokens, 120 on average.
 
 Ours packs the documents into rows of 512 and isolates them; the others pad them to the longest, as is the custom, with
 `transformers` (its own attention, and SDPA) and in plain PyTorch. `gather` selects the masked positions before the
@@ -35,9 +35,9 @@ from harness.measure import device
 from peers.plain_bert import PlainClassifier, PlainMasked, renamed
 from peers.plain_gpt import PlainStep
 
-LAYERS, D, HEADS, VOCAB, CONTEXT, DOCUMENTS, MEAN = 6, 384, 12, 30_522, 512, 32, 120
+LAYERS, D, HEADS, VOCAB, CONTEXT, DOCUMENTS, MEAN = 6, 384, 12, 30_522, 512, 8, 120
 RATE, LABELS, LR = 0.15, 2, 1e-4
-STEPS_OF_GATE = 3
+STEPS_OF_GATE = 2
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # of each loss, relative
 
 

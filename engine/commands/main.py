@@ -18,6 +18,7 @@ import tyro
 from hotloop.engine.commands.demo import Demo
 from hotloop.engine.commands.doctor import Doctor
 from hotloop.engine.commands.evaluate import Evaluate
+from hotloop.engine.commands.export import Export
 from hotloop.engine.commands.finetune import Finetune
 from hotloop.engine.commands.generate import Generate
 from hotloop.engine.commands.predict import Predict
@@ -36,6 +37,7 @@ Train language models on your own documents.
   hotloop finetune recipes/labels.toml --out runs/l    labelled texts, checkpoint -> classifier, beside baselines
   hotloop predict runs/l texts.csv --out labels.csv    label and probabilities for each text
   hotloop eval runs/mine                               held-out loss, perplexity; accuracy of a classifier
+  hotloop export runs/mine --out exported/mine         a folder that `transformers` loads
   hotloop doctor                                       what this machine has, which backend serves each op
   hotloop tune attention                               measures launch configurations on this GPU
   hotloop demo                                         all of it on Python's own library, in five minutes
@@ -52,6 +54,7 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "generate": Generate,
     "finetune": Finetune,
     "predict": Predict,
+    "export": Export,
     "eval": Evaluate,
     "doctor": Doctor,
     "tune": Tune,
