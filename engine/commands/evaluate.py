@@ -152,6 +152,7 @@ class Evaluate:
         print(
             f"step {trained.step}: loss {result.loss:.4f} nats/token  accuracy {result.accuracy:.4f}  "
             f"pseudo-perplexity {result.pseudo_perplexity:.2f}\n{result.documents:,} documents, "
-            f"{result.bytes:,} bytes, {result.tokens:,} tokens scored, {how}; pieces of {context} tokens; {result.seconds:.1f} s"
+            f"{result.bytes:,} bytes, {result.tokens:,} tokens scored, {how}; pieces of {context} tokens; "
+            f"{result.seconds:.1f} s"
         )
         return 0

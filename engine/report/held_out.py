@@ -19,9 +19,10 @@ def masked(summary: Mapping[str, Any]) -> str:
     return (
         f'<p class="verdict">The model finds {evaluation["accuracy"]:.1%} of the hidden tokens of held-out text; its '
         f"pseudo-perplexity is {evaluation['pseudo_perplexity']:.2f}.</p>"
-        f"<p>Measured on {int(evaluation['bytes']):,} bytes of text, {hidden} which {int(evaluation['tokens']):,} tokens "
-        "were scored; the noise is the same in every evaluation. The perplexity is of tokens behind [MASK] alone, the "
-        "accuracy of all that were hidden. <code>hotloop eval RUN --exact</code> masks one token at a time.</p>"
+        f"<p>Measured on {int(evaluation['bytes']):,} bytes of text, {hidden} which {int(evaluation['tokens']):,} "
+        "tokens were scored; the noise is the same in every evaluation. The perplexity is of tokens behind [MASK] "
+        "alone, the accuracy of all that were hidden. <code>hotloop eval RUN --exact</code> masks one token at a "
+        "time.</p>"
     )
 
 
