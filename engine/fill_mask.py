@@ -55,7 +55,7 @@ class MaskedModel:
 
     @property
     def mask_token(self) -> str:
-        return self.tokenizer.id_to_token(self.vocabulary.mask)
+        return str(self.tokenizer.id_to_token(self.vocabulary.mask))
 
     @torch.no_grad()
     def fill(self, text: str, top: int = 5) -> list[list[Candidate]]:
@@ -92,4 +92,4 @@ class MaskedModel:
         return tokens
 
     def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False) or self.tokenizer.id_to_token(token)
+        return self.tokenizer.decode([token], skip_special_tokens=False) or str(self.tokenizer.id_to_token(token))
