@@ -163,7 +163,7 @@ def peers(kind: Kind, everything: bool) -> dict[str, Way]:
         if everything:
             found["torch for-loop"] = partial(theirs, kind, make, {**options, "foreach": False})
             found["torch compile"] = partial(compiled, kind, make, options)
-    if kind.options.get("state_dtype") == "int8" and everything:
+    if kind.options.get("state_dtype") == "int8":
         found |= dict(eight_bit(kind))
     return found
 

@@ -15,9 +15,23 @@ def _execution(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
     path: str = ""
     """Folder that `hotloop prepare` wrote."""
+    weight: float = 1.0
+    """Its share of the sequences is this over the sum of all weights."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """Folder that `hotloop prepare` wrote; its held-out documents judge the run."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Corpora to mix, each a table [[data.sources]] of path and weight; none: path alone. path may then be left out:
+    it is the first one's."""
+    general: str = ""
+    """Folder of a corpus of general text: the loss on its held-out documents is reported before, during and after the
+    run as what it forgets."""
     context: int | None = None
     """Tokens per packed sequence; none: the model's context."""
     workers: int = _execution(1)
@@ -104,6 +118,18 @@ class InitialConfig:
     """What of a text a classifier reads: as model.pooling; none: as the checkpoint's family has it."""
     classifier_head: Literal["linear", "bert", "modernbert"] | None = None
     """As model.classifier_head; none: as the checkpoint's family has it."""
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    rate: float = 0.15
+    """Share of the tokens that are hidden and predicted; special tokens never are. Classic 0.15, modern 0.3."""
+    whole_words: bool = False
+    """Hide all tokens of a word or none; words longer than a row's share are passed over."""
+    mask_share: float = 0.8
+    """Share of the hidden tokens that become the mask token."""
+    random_share: float = 0.1
+    """Share that becomes a random token; the rest stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -265,12 +291,13 @@ class LogConfig:
 class Recipe:
     """A whole run."""
 
-    objective: Literal["causal", "classification"] = "causal"
+    objective: Literal["causal", "masked", "classification"] = "causal"
     data: DataConfig = DataConfig()
     labels: LabelsConfig = LabelsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     model: ModelConfig = ModelConfig()
     initial: InitialConfig = InitialConfig()
+    masking: MaskingConfig = MaskingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()

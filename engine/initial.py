@@ -1,17 +1,18 @@
 """What a run starts from: a checkpoint of another library (a folder of `transformers`) or a run of hotloop.
 
-initial = read_initial("checkpoints/minilm", n_labels=3, pooling="mean", classifier_head="linear")
-model = Transformer(initial.config).initialize(seed)
-model.load_initial(initial.state)
+>>> initial = read_initial("checkpoints/minilm", n_labels=3, pooling="mean", classifier_head="linear")
+>>> initial = initial_of(recipe, n_labels=3)  # the same, as the section [initial] of a recipe says
+>>> model = Transformer(initial.config).initialize(seed)
+>>> model.load_initial(initial.state)
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from hotloop.engine.data.tokenizer import plain_tokenizer
 from hotloop.engine.errors import UserError
 from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint
 from hotloop.engine.pretrained.names import head_of, shapes
-from hotloop.engine.pretrained.read import read_weights, wish
-from hotloop.engine.recipe import from_dict, load_toml
+from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, read_weights, wish
+from hotloop.engine.recipe import differences, from_dict, load_toml, to_dict
 from hotloop.engine.special_tokens import SpecialTokens, read_special_tokens, vocabulary
 
 
@@ -46,9 +47,9 @@ def read_initial(
     source: Path | str,
     *,
     n_labels: int | None = 0,
-    head: Literal["linear", "masked", "none"] | None = None,
-    classifier_head: Literal["linear", "bert", "modernbert"] | None = None,
-    pooling: Literal["cls", "mean", "last"] | None = None,
+    head: HeadWish | None = None,
+    classifier_head: ClassifierHead | None = None,
+    pooling: Pooling | None = None,
     which: Literal["last", "best"] = "last",
 ) -> Initial:
     """Read a folder of `transformers` (config.json + safetensors) or of a run (config.toml + checkpoints).
@@ -80,8 +81,50 @@ def read_initial(
     )  # fmt: skip
 
 
+def initial_of(recipe: Recipe, *, n_labels: int | None = 0, head: HeadWish | None = None) -> Initial | None:
+    """What the section [initial] of a recipe asks for; None where it has no path. Raises UserError as `read_initial`,
+    and for a recipe that describes a model of its own besides."""
+    wanted = recipe.initial
+    if not wanted.path:
+        alone = [f"initial.{f.name}" for f in fields(wanted) if getattr(wanted, f.name) not in (None, "")]
+        if alone:
+            raise UserError(
+                f"{', '.join(alone)}: of a checkpoint, and initial.path is empty: set it, or leave this out"
+            )
+        return None
+    own = differences(to_dict(ModelConfig()), to_dict(recipe.model), "model.")
+    if own:
+        raise UserError(
+            f"initial.path = {wanted.path!r} and {'; '.join(own)}: the model is the checkpoint's, leave [model] out "
+            "(context, dropout, pooling and classifier_head may be set in [initial])"
+        )
+    initial = read_initial(
+        wanted.path, n_labels=n_labels, head=head, classifier_head=wanted.classifier_head, pooling=wanted.pooling
+    )
+    if wanted.context is not None:
+        initial = with_context(initial, wanted.context)
+    if wanted.dropout is not None:
+        initial = replace(initial, config=replace(initial.config, dropout=wanted.dropout))
+    return initial
+
+
+def with_context(initial: Initial, context: int) -> Initial:
+    """The same for shorter sequences. Raises UserError for longer ones."""
+    if context > initial.config.context:
+        raise UserError(f"initial.context = {context}: {initial.source} has seen no more than {initial.config.context}")
+    state, positions = dict(initial.state), "position_embedding.weight"
+    if positions in state:
+        state[positions] = state[positions][:context]
+    return replace(initial, config=replace(initial.config, context=context), state=state)
+
+
 def _read_run(
-    folder: Path, n_labels: int | None, head: Any, classifier_head: Any, pooling: Any, which: Literal["last", "best"]
+    folder: Path,
+    n_labels: int | None,
+    head: HeadWish | None,
+    classifier_head: ClassifierHead | None,
+    pooling: Pooling | None,
+    which: Literal["last", "best"],
 ) -> Initial:
     from hotloop.engine.checkpointed import find_weights
 

@@ -57,7 +57,7 @@ def load_toml(path: Path | str) -> dict[str, Any]:
 
 def check(recipe: Recipe) -> None:
     """Constraints that one field alone does not show. Raises RecipeError."""
-    m, t, g = recipe.model, recipe.train, recipe.guards
+    m, t, g, masking = recipe.model, recipe.train, recipe.guards, recipe.masking
 
     positive = {
         "model.context": m.context, "model.n_layers": m.n_layers, "model.d_model": m.d_model,
@@ -88,8 +88,15 @@ def check(recipe: Recipe) -> None:
                         "initial.dropout": recipe.initial.dropout or 0.0}.items():  # fmt: skip
         require(0 <= value < 1, f"{name} = {value}: must be at least 0 and below 1")
     for name, value in {"schedule.decay_fraction": recipe.schedule.decay_fraction,
-                        "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio}.items():  # fmt: skip
+                        "schedule.final_lr_ratio": recipe.schedule.final_lr_ratio,
+                        "masking.mask_share": masking.mask_share,
+                        "masking.random_share": masking.random_share}.items():  # fmt: skip
         require(0 <= value <= 1, f"{name} = {value}: must be between 0 and 1")
+    require(0 < masking.rate < 1, f"masking.rate = {masking.rate}: must be above 0 and below 1")
+    require(
+        masking.mask_share + masking.random_share <= 1,
+        f"masking.mask_share + masking.random_share = {masking.mask_share + masking.random_share:g}: at most 1",
+    )
     require(
         recipe.evaluation.patience is None or recipe.evaluation.every > 0,
         f"evaluation.patience = {recipe.evaluation.patience}: needs evaluation.every > 0, it is 0 (never)",
@@ -113,8 +120,12 @@ def check(recipe: Recipe) -> None:
         m.n_heads % (m.n_kv_heads or m.n_heads) == 0,
         f"model.n_kv_heads = {m.n_kv_heads}: must divide model.n_heads = {m.n_heads}",
     )
+    for i, source in enumerate(recipe.data.sources):
+        require(bool(source.path), f"data.sources[{i}].path is not set; give the folder that `hotloop prepare` wrote")
+        require(source.weight > 0, f"data.sources[{i}].weight = {source.weight}: must be greater than 0")
     require(
-        recipe.data.context is None or recipe.data.context <= m.context,
+        # A checkpoint to begin with has a context of its own.
+        bool(recipe.initial.path) or recipe.data.context is None or recipe.data.context <= m.context,
         f"data.context = {recipe.data.context}: longer than the model's (model.context = {m.context})",
     )
     require(
@@ -182,7 +193,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """The nested dictionary that `from_dict` reads. TOML has no null: a field that is None is left out where that is
     its default, and "none" elsewhere."""
     return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value) else "none" if value is None else value
+        f.name: "none" if value is None else _plain(value, to_dict)
         for f in fields(config)
         if (value := getattr(config, f.name)) is not None or f.default is not None
     }
@@ -195,10 +206,17 @@ def to_toml(config: Any) -> str:
 def identity(config: Any) -> dict[str, Any]:
     """Like `to_dict`, without the fields that say only how the run is carried out."""
     return {
-        f.name: identity(value) if dataclasses.is_dataclass(value) else value
+        f.name: _plain(value, identity)
         for f in fields(config)
         if not f.metadata.get("execution") and (value := getattr(config, f.name)) is not None
     }
+
+
+def _plain(value: Any, inside: typing.Callable[[Any], dict[str, Any]]) -> Any:
+    """Lists for tuples, and what `inside` makes of a section."""
+    if isinstance(value, tuple):
+        return [_plain(one, inside) for one in value]
+    return inside(value) if dataclasses.is_dataclass(value) else value
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:

@@ -51,7 +51,7 @@ def read_special_tokens(folder: Path, ids: Mapping[str, int], vocab_size: int) -
         for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG):
             token = described[name].get(f"{field}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if token in ids:
+            if isinstance(token, str) and token in ids:
                 return ids[token]
         number = described[CONFIG].get(f"{field}_token_id")
         number = number[0] if isinstance(number, list) and number else number

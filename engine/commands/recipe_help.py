@@ -45,6 +45,8 @@ def _default(value: object) -> str:
     """As TOML has it, but for `none`, which is a string there and unquoted is understood by --set."""
     if value is None:
         return "none"
+    if value == ():
+        return "[]"
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hotloop.engine.data.order import Order, Source
-from hotloop.engine.data.packing import Packs
+from hotloop.engine.data.packing import BARE, Frame, Packs
 from hotloop.engine.data.shards import Split
 from hotloop.engine.errors import UserError
 
@@ -69,55 +69,64 @@ class Pieces:
     """Pieces of documents and the rows they go to; rows ascending, each row's pieces in order."""
 
     stored: np.ndarray  # (n_tokens,) int64, the pieces' tokens one after the other
-    before: np.ndarray  # (n_pieces,) int64, the token before each piece; end_id where a document begins
     lengths: np.ndarray  # (n_pieces,) int64
     row: np.ndarray  # (n_pieces,) int64
+    before: np.ndarray  # (n_pieces,) int64, the token before each piece; end_id where a document begins
     unscored: np.ndarray | None = None  # (n_pieces,) int64, leading targets that are context only
 
 
 def assemble(pieces: Pieces, micro_batch: int, context: int, capacity: int, end_id: int) -> Batch:
-    """Lay pieces out as one Batch of (micro_batch, context) with room for `capacity` segments."""
-    lengths, row = pieces.lengths, pieces.row
+    """Lay pieces out as one causal Batch of (micro_batch, context) with room for `capacity` segments."""
     n_tokens = len(pieces.stored)
-    filled = np.bincount(row, weights=lengths, minlength=micro_batch).astype(np.int64)
-    # Where pieces begin in the flattened batch: behind all earlier rows, padding included, and the row's earlier ones.
-    compact = np.cumsum(lengths) - lengths
-    begin = compact + row * context - (np.cumsum(filled) - filled)[row]
-    within = np.arange(n_tokens) - np.repeat(compact, lengths)
-    at = np.repeat(begin, lengths) + within
-
+    begin = np.cumsum(pieces.lengths) - pieces.lengths
     inputs = np.empty(n_tokens, dtype=np.int64)
     inputs[1:] = pieces.stored[:-1]
-    inputs[compact] = pieces.before
-    scored = pieces.stored
+    inputs[begin] = pieces.before
+    targets = pieces.stored
     if pieces.unscored is not None:
-        scored = np.where(within < np.repeat(pieces.unscored, lengths), IGNORE_INDEX, scored)
+        within = np.arange(n_tokens) - np.repeat(begin, pieces.lengths)
+        targets = np.where(within < np.repeat(pieces.unscored, pieces.lengths), IGNORE_INDEX, targets)
+    return Layout(pieces.lengths, pieces.row, micro_batch, context).batch(inputs, targets, capacity, end_id)
 
-    size = micro_batch * context
-    padding = np.arange(micro_batch) * context + filled
-    segments = np.sort(np.concatenate([begin, padding[filled < context]]))
-    if len(segments) > capacity:
-        raise ValueError(f"{len(segments)} segments in a batch with room for {capacity}")
-    segment_at = np.zeros(size, dtype=np.int32)
-    segment_at[segments[1:]] = 1
 
-    flat = [np.full(size, end_id), np.full(size, IGNORE_INDEX), np.zeros(size, dtype=np.int64)]
-    for out, values in zip(flat, (inputs, scored, within), strict=True):
-        out[at] = values
-    tokens, targets, positions = (torch.from_numpy(out).view(micro_batch, context) for out in flat)
-    cu_seqlens = np.full(capacity + 1, size, dtype=np.int32)
-    cu_seqlens[: len(segments)] = segments
-    n_unscored = 0 if pieces.unscored is None else int(pieces.unscored.sum())
-    return Batch(
-        tokens=tokens,
-        targets=targets,
-        positions=positions,
-        document_ids=torch.from_numpy(np.cumsum(segment_at, dtype=np.int32)).view(micro_batch, context),
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        n_supervised=n_tokens - n_unscored,
-        n_tokens=n_tokens,
-        sum_squares=int(np.square(lengths).sum()),
-    )
+class Layout:
+    """Where the tokens of pieces stand in a batch; rows ascending, each row's pieces in order."""
+
+    def __init__(self, lengths: np.ndarray, row: np.ndarray, micro_batch: int, context: int):
+        self.lengths, self.micro_batch, self.context = lengths, micro_batch, context
+        self.filled = np.bincount(row, weights=lengths, minlength=micro_batch).astype(np.int64)
+        # Where pieces begin in the flattened batch: behind all earlier rows, padding included, and the row's earlier.
+        compact = np.cumsum(lengths) - lengths
+        self.begin = compact + row * context - (np.cumsum(self.filled) - self.filled)[row]
+        self.within = np.arange(int(lengths.sum())) - np.repeat(compact, lengths)  # of each token in its piece
+        self.at = np.repeat(self.begin, lengths) + self.within  # of each token in the flattened batch
+
+    def batch(self, inputs: np.ndarray, targets: np.ndarray, capacity: int, fill: int) -> Batch:
+        """inputs, targets (n_tokens,) int64; `fill` is the input of padding."""
+        micro_batch, context = self.micro_batch, self.context
+        size = micro_batch * context
+        padding = np.arange(micro_batch) * context + self.filled
+        segments = np.sort(np.concatenate([self.begin, padding[self.filled < context]]))
+        if len(segments) > capacity:
+            raise ValueError(f"{len(segments)} segments in a batch with room for {capacity}")
+        segment_at = np.zeros(size, dtype=np.int32)
+        segment_at[segments[1:]] = 1
+        flat = [np.full(size, fill), np.full(size, IGNORE_INDEX), np.zeros(size, dtype=np.int64)]
+        for out, values in zip(flat, (inputs, targets, self.within), strict=True):
+            out[self.at] = values
+        tokens, targets_, positions = (torch.from_numpy(out).view(micro_batch, context) for out in flat)
+        cu_seqlens = np.full(capacity + 1, size, dtype=np.int32)
+        cu_seqlens[: len(segments)] = segments
+        return Batch(
+            tokens=tokens,
+            targets=targets_,
+            positions=positions,
+            document_ids=torch.from_numpy(np.cumsum(segment_at, dtype=np.int32)).view(micro_batch, context),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            n_supervised=int((targets != IGNORE_INDEX).sum()),
+            n_tokens=len(inputs),
+            sum_squares=int(np.square(self.lengths).sum()),
+        )
 
 
 class Batches(Protocol):
@@ -146,6 +155,7 @@ class BatchSource:
         splits: one, or several to mix; they must share a tokenizer
         weights: share of the packs drawn from each; none: in proportion to their packs, one pass over all alike
         index_folder: where the index of packs is kept; none: beside the shards
+        frame: what sequences hold besides the text, for a source that assembles them otherwise
     Raises UserError for splits of different tokenizers and for a batch that cannot be divided.
     """
 
@@ -158,6 +168,7 @@ class BatchSource:
         *,
         weights: Sequence[float] | None = None,
         index_folder: Path | None = None,
+        frame: Frame = BARE,
     ):
         self.splits = (splits,) if isinstance(splits, Split) else tuple(splits)
         if not self.splits:
@@ -167,7 +178,7 @@ class BatchSource:
             if split.tokenizer_hash != first.tokenizer_hash or split.end_id != first.end_id:
                 raise UserError(f"{split.folder} and {first.folder} were prepared with different tokenizers")
         self.context, self.global_batch, self.end_id = context, global_batch, first.end_id
-        self.packs = [Packs.of(split, context, index_folder) for split in self.splits]
+        self.packs = [Packs.of(split, context, index_folder, frame) for split in self.splits]
         if weights is None:
             weights = [packs.n_packs for packs in self.packs]
         if len(weights) != len(self.packs):
@@ -189,7 +200,7 @@ class BatchSource:
         return self.n_tokens(step)
 
     def n_tokens(self, step: int) -> int:
-        """Tokens in the whole global batch, from the index alone."""
+        """Positions that hold a token in the whole global batch, from the index alone."""
         source, pack = self.order.samples(step)
         return sum(int(self.packs[s].tokens(pack[source == s]).sum()) for s in np.unique(source))
 
@@ -210,26 +221,30 @@ class BatchSource:
         self.check(world_size, micro_batch)
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size}")
-        source, pack = self.order.samples(step)
+        source, epoch, pack = self.order.draw(step)
         local = self.global_batch // world_size
         for start in range(rank * local, (rank + 1) * local, micro_batch):
             rows = slice(start, start + micro_batch)
-            yield self._batch(source[rows], pack[rows])
+            yield self._batch(source[rows], epoch[rows], pack[rows])
 
-    def _batch(self, source: np.ndarray, pack: np.ndarray) -> Batch:
+    def _batch(self, source: np.ndarray, epoch: np.ndarray, pack: np.ndarray) -> Batch:
+        """One micro-batch from (B,) sources, their epochs and packs."""
+        pieces = self._pieces(source, pack)
+        return assemble(pieces, len(source), self.context, self.capacity(len(source)), self.end_id)
+
+    def _pieces(self, source: np.ndarray, pack: np.ndarray) -> Pieces:
         parts = []
         for number in np.unique(source):
             split, rows = self.splits[number], np.flatnonzero(source == number)
             starts, lengths, row = self.packs[number].pieces(pack[rows])
-            parts.append(Pieces(split.read(starts, lengths), split.before(starts), lengths, rows[row]))
+            parts.append(Pieces(split.read(starts, lengths), lengths, rows[row], split.before(starts)))
         self._unreleased += len(pack)  # threads may miss each other's count: no harm
         if self._unreleased >= RELEASE_AFTER:
             self._unreleased = 0
             for split, packs in zip(self.splits, self.packs, strict=True):
                 split.release()
                 packs.map.release()
-        pieces = parts[0] if len(parts) == 1 else _interleave(parts)
-        return assemble(pieces, len(source), self.context, self.capacity(len(source)), self.end_id)
+        return parts[0] if len(parts) == 1 else _interleave(parts)
 
 
 def _interleave(parts: list[Pieces]) -> Pieces:
@@ -243,7 +258,7 @@ def _interleave(parts: list[Pieces]) -> Pieces:
     at = np.arange(int(lengths.sum())) + np.repeat(begin[order] - compact, lengths_sorted)
     stored = np.concatenate([part.stored for part in parts])[at]
     before = np.concatenate([part.before for part in parts])[order]
-    return Pieces(stored, before, lengths_sorted, row[order])
+    return Pieces(stored, lengths_sorted, row[order], before)
 
 
 class Prefetcher:

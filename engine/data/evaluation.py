@@ -95,9 +95,9 @@ def evaluation_batches(
         part = slice(low, high)
         pieces = Pieces(
             stored=split.read(starts[part], lengths[part]),
-            before=split.before(starts[part]),
             lengths=lengths[part],
             row=rows[part] - first,
+            before=split.before(starts[part]),
             unscored=unscored[part],
         )
         yield assemble(pieces, micro_batch, context, capacity, split.end_id)

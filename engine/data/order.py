@@ -108,17 +108,23 @@ class Order:
 
     def samples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(global_batch,) source and pack of each sequence of a step, both int64."""
+        source, _, pack = self.draw(step)
+        return source, pack
+
+    def draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(global_batch,) source, epoch of that source and pack of each sequence of a step, all int64."""
         position = step * self.global_batch + np.arange(self.global_batch)
         period, slot = np.divmod(position, PERIOD)
         source = self._owner[slot]
         index = period * self.quotas[source] + self._rank[slot]
-        pack = np.empty_like(position)
+        pack, epochs = np.empty_like(position), np.empty_like(position)
         for number, one in enumerate(self.sources):
             mine = source == number
             if mine.any():
                 epoch, at = np.divmod(index[mine], one.n_packs)
+                epochs[mine] = epoch
                 pack[mine] = permute(at, one.n_packs, derive_key(self.seed, number, epoch))
-        return source, pack
+        return source, epochs, pack
 
     def epoch_of(self, step: int, source: int = 0) -> float:
         """Passes over a source that are complete before this step."""

@@ -1,14 +1,15 @@
 """Which pieces of documents share a sequence: planned once per (split, context), kept in an index beside the shards.
 
 A document's stored tokens are cut into pieces of `context` tokens and one shorter remainder. A full piece is a pack of
-its own; remainders are packed best-fit-decreasing. No token is cropped, dropped or repeated. Planning works on runs of
-`PLANNED_TOGETHER` documents, so its time is linear and its memory constant; it depends on the lengths alone.
+its own; remainders are packed best-fit-decreasing. No token is cropped, dropped or repeated. A `Frame` leaves room
+around each piece for tokens that are not stored ([CLS], [SEP]). Planning works on runs of `PLANNED_TOGETHER` documents,
+so its time is linear and its memory constant; it depends on the lengths alone.
 
-    header     128 bytes: magic, version, context, counts, fingerprint of the split, digest of the rest
+    header     128 bytes: magic, version, context, frame, counts, fingerprint of the split, digest of the rest
     starts     n_pieces x int64, global token positions, pack by pack
-    lengths    n_pieces x int32
+    lengths    n_pieces x int32, stored tokens
     packs      (n_packs + 1) x int64, of packs in the pieces
-    n_tokens   n_packs x int32
+    filled     n_packs x int32, positions that hold a token, frames included
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO
@@ -31,10 +33,23 @@ PLANNED_TOGETHER = 1 << 17
 FULL_PIECES_AT_ONCE = 1 << 18
 
 MAGIC = b"HOTLPACK"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 128
 DIGEST = 16
-_FIELDS = struct.Struct("<8sIIQQQQQ16s16s")
+_FIELDS = struct.Struct("<8sIIIIQQQQQ16s16s")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a sequence holds besides the text of its pieces."""
+
+    around: int = 0
+    """Positions that each piece takes besides its tokens."""
+    stored_ends: bool = True
+    """Whether the end that is stored after each document is one of its tokens."""
+
+
+BARE = Frame()
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
@@ -83,11 +98,13 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     return bins, n_bins
 
 
-def plan(split: Split, context: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def plan(split: Split, context: int, frame: Frame = BARE) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Consecutive packs as (starts int64, lengths int32, pieces per pack int32)."""
-    for first, lengths in split.length_chunks(PLANNED_TOGETHER):
-        ends = first + np.cumsum(lengths)
-        n_full, remainder = np.divmod(lengths, context)
+    longest = context - frame.around
+    for first, stored in split.length_chunks(PLANNED_TOGETHER):
+        lengths = stored if frame.stored_ends else stored - 1
+        starts_at = first + np.cumsum(stored) - stored
+        n_full, remainder = np.divmod(lengths, longest)
         # Full pieces, numbered through the documents of the chunk.
         until = np.cumsum(n_full)
         total = int(until[-1])
@@ -95,26 +112,26 @@ def plan(split: Split, context: int) -> Iterator[tuple[np.ndarray, np.ndarray, n
             piece = np.arange(low, min(low + FULL_PIECES_AT_ONCE, total))
             document = np.searchsorted(until, piece, side="right")
             within = piece - (until - n_full)[document]
-            starts = (ends - lengths)[document] + within * context
-            yield starts, np.full(len(piece), context, np.int32), np.ones(len(piece), np.int32)
+            starts = starts_at[document] + within * longest
+            yield starts, np.full(len(piece), longest, np.int32), np.ones(len(piece), np.int32)
         some = np.flatnonzero(remainder)
         if len(some):
             pieces = remainder[some]
-            bins, n_bins = best_fit_decreasing(pieces, context)
+            bins, n_bins = best_fit_decreasing(pieces + frame.around, context)
             by_pack = np.lexsort((-pieces, bins))
             yield (
-                (ends[some] - pieces)[by_pack],
+                (starts_at + lengths)[some][by_pack] - pieces[by_pack],
                 pieces[by_pack].astype(np.int32),
                 np.bincount(bins, minlength=n_bins).astype(np.int32),
             )
 
 
 class Packs:
-    """The packs of a split at one context, memory-mapped."""
+    """The packs of a split at one context and frame, memory-mapped."""
 
-    def __init__(self, path: Path, split: Split, context: int):
-        """Open an index. Raises UserError if it is not whole or not of this split and context."""
-        self.path = path
+    def __init__(self, path: Path, split: Split, context: int, frame: Frame = BARE):
+        """Open an index. Raises UserError if it is not whole or not of this split, context and frame."""
+        self.path, self.frame = path, frame
         try:
             with open(path, "rb") as file:
                 raw = file.read(HEADER_BYTES)
@@ -125,11 +142,12 @@ class Packs:
             raise UserError(f"{path}: not an index of packs, or truncated")
         if digest(raw[:-DIGEST]) != raw[-DIGEST:]:
             raise UserError(f"{path}: altered (the header does not match its checksum)")
-        (_, version, self.context, self.n_packs, self.n_pieces, self.n_tokens, self.max_segments,
+        (_, version, self.context, around, stored_ends, self.n_packs, self.n_pieces, self.n_tokens, self.max_segments,
          self.n_split_documents, fingerprint, self._digest) = _FIELDS.unpack_from(raw)  # fmt: skip
         if version != VERSION:
             raise UserError(f"{path}: version {version} of the format, this hotloop reads version {VERSION}")
-        if fingerprint.hex() != split.fingerprint or self.context != context or self.n_tokens != split.n_tokens:
+        found = (fingerprint.hex(), self.context, Frame(around, bool(stored_ends)), self.n_tokens)
+        if found != (split.fingerprint, context, frame, _n_filled(split, frame, self.n_pieces)):
             raise UserError(f"{path}: of another corpus or context")
         lengths_at = HEADER_BYTES + 8 * self.n_pieces
         packs_at = lengths_at + -(-4 * self.n_pieces // 8) * 8
@@ -140,24 +158,25 @@ class Packs:
         self._starts = self.map.array("<i8", HEADER_BYTES, self.n_pieces)
         self._lengths = self.map.array("<i4", lengths_at, self.n_pieces)
         self._packs = self.map.array("<i8", packs_at, self.n_packs + 1)
-        self._tokens = self.map.array("<i4", tokens_at, self.n_packs)
+        self._filled = self.map.array("<i4", tokens_at, self.n_packs)
 
     @classmethod
-    def of(cls, split: Split, context: int, folder: Path | None = None) -> Packs:
+    def of(cls, split: Split, context: int, folder: Path | None = None, frame: Frame = BARE) -> Packs:
         """The index beside the shards (or in `folder`), planned now if it is missing, damaged or of another corpus."""
-        if context < 1:
-            raise UserError(f"context = {context}: must be at least 1")
-        path = (folder or split.folder) / f"packs-{split.name}-T{context}.index"
+        if context <= frame.around:
+            raise UserError(f"context = {context}: must be at least {frame.around + 1}")
+        kind = "" if frame == BARE else f"-framed{frame.around}{'-ends' if frame.stored_ends else ''}"
+        path = (folder or split.folder) / f"packs-{split.name}-T{context}{kind}.index"
         if path.exists():
             try:
-                return cls(path, split, context)
+                return cls(path, split, context, frame)
             except UserError:
                 pass  # derived from the shards alone: planned again below, written over it by a rename
         try:
-            _write(path, split, context)
+            _write(path, split, context, frame)
         except OSError as error:
             raise UserError(f"{path}: the packs cannot be written ({error.strerror or error})") from error
-        return cls(path, split, context)
+        return cls(path, split, context, frame)
 
     @property
     def efficiency(self) -> float:
@@ -165,7 +184,7 @@ class Packs:
         return self.n_tokens / (self.n_packs * self.context)
 
     def pieces(self, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(starts, lengths, row) of all pieces of `packs`, int64; row = index into `packs`."""
+        """(starts, lengths, row) of all pieces of `packs`, int64, frames not counted; row = index into `packs`."""
         first = self._packs[packs]
         counts = self._packs[packs + 1] - first
         row = np.repeat(np.arange(len(packs)), counts)
@@ -173,8 +192,8 @@ class Packs:
         return self._starts[at], self._lengths[at].astype(np.int64), row
 
     def tokens(self, packs: np.ndarray) -> np.ndarray:
-        """Tokens in each of `packs`, int64."""
-        return self._tokens[packs].astype(np.int64)
+        """Positions that hold a token in each of `packs`, int64."""
+        return self._filled[packs].astype(np.int64)
 
     def verify(self) -> None:
         """Read the whole index. Raises UserError if it was altered."""
@@ -187,7 +206,12 @@ class Packs:
             raise UserError(f"{self.path}: altered; remove it, it is planned again from the shards")
 
 
-def _write(path: Path, split: Split, context: int) -> None:
+def _n_filled(split: Split, frame: Frame, n_pieces: int) -> int:
+    """Positions that hold a token, in all packs."""
+    return split.n_tokens - (0 if frame.stored_ends else split.n_documents) + frame.around * n_pieces
+
+
+def _write(path: Path, split: Split, context: int, frame: Frame) -> None:
     """Plan into temporary sections, then join them aside and rename."""
     aside = aside_of(path)
     folder = path.parent
@@ -199,21 +223,24 @@ def _write(path: Path, split: Split, context: int) -> None:
     ):
         n_packs = n_pieces = n_tokens = max_segments = 0
         packs.write(np.zeros(1, "<i8").tobytes())
-        for start, length, pieces in plan(split, context):
+        for start, length, pieces in plan(split, context, frame):
             starts.write(start.astype("<i8").tobytes())
             lengths.write(length.astype("<i4").tobytes())
             until = np.cumsum(pieces, dtype=np.int64)
-            in_pack = np.add.reduceat(length, until - pieces, dtype=np.int64)
+            in_pack = np.add.reduceat(length + frame.around, until - pieces, dtype=np.int64)
             packs.write((n_pieces + until).astype("<i8").tobytes())
             tokens.write(in_pack.astype("<i4").tobytes())
             max_segments = max(max_segments, int((pieces + (in_pack < context)).max()))
             n_packs, n_pieces, n_tokens = n_packs + len(pieces), n_pieces + len(start), n_tokens + int(in_pack.sum())
-        if n_tokens != split.n_tokens:
+        if n_tokens != _n_filled(split, frame, n_pieces):
             raise UserError(
                 f"{split.folder}: the documents of {split.name!r} do not cover its tokens; the shards are damaged"
             )
+        if not n_packs:
+            raise UserError(f"{split.folder}: no document of {split.name!r} has any text")
         lengths.write(bytes(-4 * n_pieces % 8))
-        n_split = sum(int((chunk > context).sum()) for _, chunk in split.length_chunks(PLANNED_TOGETHER))
+        longest = context - frame.around + (0 if frame.stored_ends else 1)
+        n_split = sum(int((chunk > longest).sum()) for _, chunk in split.length_chunks(PLANNED_TOGETHER))
         try:
             with open(aside, "xb") as out:
                 out.write(bytes(HEADER_BYTES))
@@ -221,8 +248,8 @@ def _write(path: Path, split: Split, context: int) -> None:
                 for section in (starts, lengths, packs, tokens):
                     _append(section, out, hasher)
                 header = _FIELDS.pack(
-                    MAGIC, VERSION, context, n_packs, n_pieces, n_tokens, max_segments, n_split,
-                    bytes.fromhex(split.fingerprint), hasher.digest(),
+                    MAGIC, VERSION, context, frame.around, frame.stored_ends, n_packs, n_pieces, n_tokens,
+                    max_segments, n_split, bytes.fromhex(split.fingerprint), hasher.digest(),
                 ).ljust(HEADER_BYTES - DIGEST, b"\0")  # fmt: skip
                 out.seek(0)
                 out.write(header + digest(header))

@@ -27,7 +27,7 @@ import numpy as np
 from hotloop.engine.data.documents import Documents, OnBadEncoding, Segment
 from hotloop.engine.data.files import Report, printable, walk
 from hotloop.engine.data.shards import MANIFEST_FORMAT, VERSION, SplitWriter
-from hotloop.engine.data.tokenizer import END_TOKEN, Encoder, Kind, load_tokenizer, train_tokenizer
+from hotloop.engine.data.tokenizer import END_TOKEN, Encoder, Kind, Special, load_tokenizer, train_tokenizer
 from hotloop.engine.errors import UserError
 from hotloop.engine.files import aside_of, fsync_folder, write_synced
 
@@ -54,8 +54,11 @@ class PrepareConfig:
     """Vocabulary to train, special tokens included."""
     tokenizer_bytes: int = 64 << 20
     """Text to train the tokenizer on, drawn evenly from the training split and held in memory."""
-    end_token: str = END_TOKEN
-    """Token that ends each document; with a reused tokenizer any token it has."""
+    special: Special = "causal"
+    """Special tokens of a trained tokenizer: masked adds [CLS] [SEP] [MASK] [PAD] [UNK], for objective = "masked"."""
+    end_token: str | None = None
+    """Token that ends each document, any that a reused tokenizer has; none: <|endoftext|>, else [SEP] or what else ends
+    a text in its family."""
     split_by: Literal["document", "folder"] = "document"
     """Hold out single documents, or whole folders: the first component below each given path is one group."""
     validation_fraction: float = 0.05
@@ -109,7 +112,7 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
 
         if tokenizer_json is None:
             track.say("train tokenizer")
-            tokenizer_json = train_tokenizer(scan.sample.texts(), config.kind, config.vocab_size)
+            tokenizer_json = train_tokenizer(scan.sample.texts(), config.kind, config.vocab_size, config.special)
         scan.sample.clear()
         encoder = Encoder(tokenizer_json, config.end_token)
         seconds["tokenizer"] = time.perf_counter() - started - sum(seconds.values())
@@ -387,7 +390,9 @@ def _check(config: PrepareConfig, paths: Sequence[Path], out: Path) -> None:
         raise UserError(f"--max-shard-mb {config.max_shard_mb}: must be greater than 0")
     if config.tokenizer_bytes <= 0:
         raise UserError(f"--tokenizer-bytes {config.tokenizer_bytes}: must be greater than 0")
-    if config.tokenizer is None and config.end_token != END_TOKEN:
+    if config.tokenizer is not None and config.special != "causal":
+        raise UserError(f"--special {config.special}: only for a tokenizer that is trained, not with --tokenizer")
+    if config.tokenizer is None and config.end_token not in (None, END_TOKEN):
         raise UserError(f"--end-token {config.end_token}: only for a reused --tokenizer; a trained one has {END_TOKEN}")
     if out.is_dir():
         if any(out.iterdir()):

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hotloop.engine.errors import UserError
 
 Kind = Literal["bpe", "wordpiece", "unigram"]
+Special = Literal["causal", "masked"]
 
 END_TOKEN = "<|endoftext|>"
+ENDS = (END_TOKEN, "[SEP]", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
+"""What ends a text in the tokenizers of others, in the order in which it is looked for."""
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 UNIGRAM_UNKNOWN = "<unk>"
 LONGEST_WORD = 1024
@@ -25,10 +28,13 @@ LONGEST_WORD = 1024
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
-def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 16_384) -> str:
+def train_tokenizer(
+    texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 16_384, special: Special = "causal"
+) -> str:
     """Train on `texts`; special tokens come first, `<|endoftext|>` among them.
 
-    Returns the content of a tokenizer.json.
+    Returns the content of a tokenizer.json. With special = "masked" every kind has [PAD] [UNK] [CLS] [SEP] [MASK], and
+    says (to libraries that ask it to add special tokens) that a text is [CLS] text [SEP].
 
     - bpe: byte-level with GPT-2's pre-tokenizer. Lossless: every text decodes to itself, no token is unknown.
     - wordpiece: BERT's normalizer (case kept) and pre-tokenizer, with [PAD] [UNK] [CLS] [SEP] [MASK].
@@ -39,15 +45,17 @@ def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 
 
     Raises UserError if `vocab_size` cannot hold the special tokens and the alphabet.
     """
+    named = BERT_TOKENS if special == "masked" else ()
     if kind == "bpe":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        if vocab_size < len(alphabet) + 1:
-            raise UserError(f"vocab_size = {vocab_size}: byte-level BPE needs at least {len(alphabet) + 1}")
+        least = len(alphabet) + 1 + len(named)
+        if vocab_size < least:
+            raise UserError(f"vocab_size = {vocab_size}: byte-level BPE needs at least {least}")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         tokenizer.decoder = decoders.ByteLevel()
         trainer: Any = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_TOKEN], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=[*named, END_TOKEN], initial_alphabet=alphabet, show_progress=False
         )
     elif kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -78,7 +86,7 @@ def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
         trainer = trainers.UnigramTrainer(
             vocab_size=vocab_size,
-            special_tokens=[UNIGRAM_UNKNOWN, END_TOKEN],
+            special_tokens=[UNIGRAM_UNKNOWN, END_TOKEN, *named],
             unk_token=UNIGRAM_UNKNOWN,
             show_progress=False,
         )
@@ -96,12 +104,22 @@ def train_tokenizer(texts: Iterable[str], kind: Kind = "bpe", vocab_size: int = 
         described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] not in continuing]
     if kind == "unigram":
         # Text that spells the end token may be learnt as a piece once more, and the library then takes that one.
-        special = [UNIGRAM_UNKNOWN, END_TOKEN]
+        first = [UNIGRAM_UNKNOWN, END_TOKEN, *named]
         pieces = described["model"]["vocab"]
-        learnt = [piece for piece in pieces[len(special) :] if piece[0] not in special]
-        described["model"]["vocab"] = [*pieces[: len(special)], *learnt]
+        learnt = [piece for piece in pieces[len(first) :] if piece[0] not in first]
+        described["model"]["vocab"] = [*pieces[: len(first)], *learnt]
         for token in described["added_tokens"]:
-            token["id"] = special.index(token["content"])
+            token["id"] = first.index(token["content"])
+    if special == "masked":
+        ids = {token["content"]: token["id"] for token in described["added_tokens"]}
+        frame = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(name, ids[name]) for name in ("[CLS]", "[SEP]")],
+        )
+        tokenizer = Tokenizer.from_str(json.dumps(described))
+        tokenizer.post_processor = frame
+        described["post_processor"] = json.loads(tokenizer.to_str())["post_processor"]
     return json.dumps(described, indent=2, ensure_ascii=False)
 
 
@@ -129,18 +147,19 @@ def _frequent_characters(texts: Iterable[str], tokenizer: Tokenizer, limit: int 
     return sorted(sorted(visible, key=lambda c: (-counts[c], c))[:limit])
 
 
-def load_tokenizer(path: Path, end_token: str = END_TOKEN) -> str:
+def load_tokenizer(path: Path, end_token: str | None = None) -> str:
     """The JSON of a tokenizer.json (or of the folder that holds it), without what it truncates or pads to.
 
-    Raises UserError if it is none, or lacks `end_token`.
+    Raises UserError if it is none, or lacks `end_token` (none: any of `ENDS`).
     """
     path = path / "tokenizer.json" if path.is_dir() else path
     text = plain_tokenizer(path)
     tokenizer = Tokenizer.from_str(text)
-    if tokenizer.token_to_id(end_token) is None:
+    if find_end(tokenizer, end_token) is None:
+        names = ENDS if end_token is None else (end_token,)
         special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
         raise UserError(
-            f"{path}: no token {end_token!r} to end documents with; name one with --end-token "
+            f"{path}: no token {' or '.join(map(repr, names))} to end documents with; name one with --end-token "
             f"(special tokens: {', '.join(map(repr, special)) or 'none'})"
         )
     return text
@@ -160,6 +179,12 @@ def plain_tokenizer(path: Path) -> str:
     return json.dumps({**json.loads(text), "truncation": None, "padding": None}, indent=2, ensure_ascii=False)
 
 
+def find_end(tokenizer: Tokenizer, end_token: str | None = None) -> str | None:
+    """The token to end documents with: `end_token`, by default the first of `ENDS`, where the tokenizer has it."""
+    names = ENDS if end_token is None else (end_token,)
+    return next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+
+
 def canonical_json(tokenizer_json: str) -> str:
     return json.dumps(json.loads(tokenizer_json), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -176,15 +201,19 @@ class Encoder:
     can end another. Nothing is added around a document.
     """
 
-    def __init__(self, tokenizer_json: str, end_token: str = END_TOKEN):
+    def __init__(self, tokenizer_json: str, end_token: str | None = None):
+        """`end_token` none: the first of `ENDS` that the tokenizer has."""
         self.json = tokenizer_json
         self.tokenizer = Tokenizer.from_str(self.json)
+        found = find_end(self.tokenizer, end_token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {end_token!r} to end documents with")
         self.tokenizer.encode_special_tokens = True  # the library's name for "as ordinary text"
         self.hash = tokenizer_hash(self.json)
         # Not get_vocab_size: ids may have holes, and what is stored must hold the largest.
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_token = end_token
-        self.end_id: int = self.tokenizer.get_vocab(with_added_tokens=True)[end_token]
+        self.end_token = found
+        self.end_id: int = self.tokenizer.get_vocab(with_added_tokens=True)[found]
         self.dtype = dtype_of(self.vocab_size)
         model = json.loads(self.json)["model"]
         self.unknown_id: int | None = model.get("unk_id")
@@ -192,7 +221,7 @@ class Encoder:
             self.unknown_id = self.tokenizer.token_to_id(model["unk_token"])
 
         special = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        special = {**special, self.end_id: end_token}
+        special = {**special, self.end_id: found}
         if self.unknown_id is not None:
             special.pop(self.unknown_id, None)
         self._is_special = np.zeros(self.vocab_size, dtype=bool)

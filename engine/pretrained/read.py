@@ -18,6 +18,8 @@ from hotloop.engine.pretrained.files import CONFIG, read_json, read_tensors
 from hotloop.engine.pretrained.names import Entry, entries, head_names, shapes
 
 HeadWish = Literal["linear", "masked", "none"]
+ClassifierHead = Literal["linear", "bert", "modernbert"]
+Pooling = Literal["cls", "mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def read_weights(
     *,
     n_labels: int | None,
     head: HeadWish | None = None,
-    classifier_head: str | None = None,
-    pooling: str | None = None,
+    classifier_head: ClassifierHead | None = None,
+    pooling: Pooling | None = None,
 ) -> Weights:
     """As `hotloop.engine.initial.read_initial`. Raises UserError."""
     values = read_json(folder / CONFIG)
@@ -113,8 +115,8 @@ def wish(
     there: int,
     n_labels: int | None,
     head: HeadWish | None,
-    classifier_head: str | None,
-    pooling: str | None,
+    classifier_head: ClassifierHead | None,
+    pooling: Pooling | None,
 ) -> ModelConfig:
     """The configuration with the heads that are asked for; None asks for what is there. `has` is the head of the
     checkpoint ("none", "linear", "masked" or "classifier"), `there` its number of classes."""
@@ -125,7 +127,7 @@ def wish(
         config = replace(
             config, n_labels=n_labels, classifier_head=classifier_head or config.classifier_head,
             pooling=pooling or config.pooling,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
     else:
         plain = ModelConfig()
         config = replace(
@@ -139,7 +141,7 @@ def wish(
 
 def _family(folder: Path, values: Mapping[str, Any]) -> Family:
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{folder}: model_type {kind!r} is not served (one of {', '.join(FAMILIES)})")
     return FAMILIES[kind]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from hotloop.engine.config import ModelConfig
 from hotloop.engine.errors import UserError
@@ -15,7 +15,11 @@ from hotloop.engine.model import feed_forward_width, head_dimension, is_local
 
 Values = dict[str, Any]
 
-GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 # GPT-2
@@ -32,7 +36,7 @@ def gpt2_to_model(c: Values) -> ModelConfig:
         norm_eps=c.get("layer_norm_epsilon", 1e-5), bias=True, tied_head=c.get("tie_word_embeddings", True),
         activation=GELU[activation], init_std=c.get("initializer_range", 0.02),
         dropout=same(c, ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1), **_DECODERS_CLASSIFIER,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def gpt2_from_model(m: ModelConfig) -> Values:
@@ -134,7 +138,7 @@ def bert_to_model(c: Values) -> ModelConfig:
         norm="layer", norm_eps=c.get("layer_norm_eps", 1e-12), norm_position="post", embedding_norm=True, bias=True,
         token_types=c.get("type_vocab_size", 2), activation=GELU[activation], causal=False, dropout=dropout,
         init_std=c.get("initializer_range", 0.02), classifier_head="bert", pooling="cls",
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def bert_from_model(m: ModelConfig) -> Values:

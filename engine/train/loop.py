@@ -84,6 +84,8 @@ class Run:
         t, r = self.training, self.recipe
         if t.ended is not None:
             return Outcome(t.step, t.ended, is_main=self.ranks.is_main)
+        if t.step == 0 and self.task.judged_first and r.evaluation.every:
+            self._judge()
         clock = time.perf_counter()
         while t.step < r.train.steps:
             batches, data_wait = self._next_batches()
@@ -220,13 +222,14 @@ class Run:
             step, phases = line.pop("step"), line.pop("phases")
             stopping |= line.pop("stop") > 0
             line["skipped"] = int(line["skipped"])
-            if line["skipped"]:
+            if line["skipped"] and line["supervised"]:  # a batch that supervises nothing is no sign of trouble
                 self.training.budget.record(step)
             if self.ranks.is_main:
                 written = self.log.train(step, **line, **phases.milliseconds())
                 self.progress.train(written)
                 if line["skipped"]:
-                    self._event("skipped", f"loss {line['loss']:.4g} (z {line['loss_z']:+.1f}): nothing updated", step)
+                    why = f"loss {line['loss']:.4g} (z {line['loss_z']:+.1f})" if line["supervised"] else "no target"
+                    self._event("skipped", f"{why}: nothing updated", step)
         return stopping
 
     def _event(self, name: str, message: str, step: int | None = None) -> None:
@@ -240,8 +243,8 @@ class Run:
         intervals = every or (self.recipe.evaluation.every, self.recipe.checkpoint.every)
         return any(n and self.training.step % n == 0 for n in intervals)
 
-    def _evaluate(self) -> float | None:
-        """Held-out loss, noted as the best or not; None without held-out documents or when asked to stop."""
+    def _judge(self) -> float | None:
+        """Held-out loss; None without held-out documents or when asked to stop."""
         self._drain(keep=0)
         t, loss = self.training, None
         if self.ranks.is_main:
@@ -249,7 +252,11 @@ class Run:
             if result is not None:
                 loss = result.loss
                 self.progress.eval(self.log.eval(t.step, **result.to_dict()))
-        loss = self.ranks.broadcast(loss)
+        return self.ranks.broadcast(loss)
+
+    def _evaluate(self) -> float | None:
+        """The held-out loss, noted as the best or not."""
+        t, loss = self.training, self._judge()
         if loss is not None:
             better = t.best_loss is None or loss < t.best_loss
             t.best_loss = loss if better else t.best_loss

@@ -11,6 +11,7 @@ import torch
 from hotloop.engine.config import Recipe
 from hotloop.engine.errors import UserError
 from hotloop.engine.tasks.causal import CausalPlan
+from hotloop.engine.tasks.masked import MaskedPlan
 from hotloop.engine.train import distributed, precision
 from hotloop.engine.train.distributed import Ranks
 from hotloop.engine.train.folder import RunFolder
@@ -19,7 +20,7 @@ from hotloop.engine.train.signals import StopSignal
 from hotloop.engine.train.task import Plan
 from hotloop.kernels.selfcheck import self_check
 
-PLANS: dict[str, Callable[[Recipe], Plan]] = {"causal": CausalPlan}
+PLANS: dict[str, Callable[[Recipe], Plan]] = {"causal": CausalPlan, "masked": MaskedPlan}
 
 
 def pretrain(recipe: Recipe, path: Path | str, *, fault: Callable[[str], None] | None = None) -> Outcome:

@@ -70,6 +70,10 @@ class Progress:
             parts.append(f"{line['bits_per_byte']:.4f} bits/byte")
         if line.get("accuracy") is not None:
             parts.append(f"accuracy {_percent(line['accuracy'])}")
+        if line.get("pseudo_perplexity") is not None:
+            parts.append(f"pseudo-perplexity {line['pseudo_perplexity']:.2f}")
+        if line.get("general_loss") is not None:
+            parts.append(f"general text: loss {line['general_loss']:.4f}")
         parts.append(f"{line['tokens']:,} tokens in {format_seconds(line['seconds'])}")
         self.say(f"step {line['step']}/{self.total_steps}  " + "  ".join(parts))
 

@@ -95,9 +95,11 @@ class TrainStep:
         self.ranks.sum_([*(p.grad for p in self.parameters if p.grad is not None), shared])
         if self.ranks.world_size > 1:
             phases.mark("communication_ms")
-        skip, loss_z = self.guard(shared[0])
-        # A batch without a single supervised token contributes nothing: no decay, no momentum.
-        self.optimizer.found_inf = skip if n_supervised > 0 else torch.ones_like(skip)
+        if n_supervised > 0:
+            skip, loss_z = self.guard(shared[0])
+        else:  # contributes nothing: no decay, no momentum, no loss that others are compared with
+            skip, loss_z = torch.ones_like(shared[0]), torch.zeros_like(shared[0])
+        self.optimizer.found_inf = skip
         skipped_before = self.optimizer.skipped_steps.clone()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -35,6 +35,10 @@ class Task(Protocol):
     def initial(self) -> Mapping[str, Tensor] | None:
         """Weights that the model begins with; those that are not among them, or all where it is None, are drawn."""
 
+    @property
+    def judged_first(self) -> bool:
+        """Whether the model is judged before its first step too: it has something to lose."""
+
     def objective(self, model: Transformer) -> nn.Module:
         """A module (tokens, targets, positions, cu_seqlens, normalizer) -> summed loss / normalizer, as one scalar."""
 

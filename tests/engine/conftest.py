@@ -36,6 +36,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
+@pytest.fixture(scope="session")
+def make_documents():
+    return write_documents
+
+
 @pytest.fixture
 def recipe(corpus: Path):
     """recipe(**sections) -> a tiny fp32 run; sections override fields."""

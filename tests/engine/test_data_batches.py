@@ -375,14 +375,14 @@ def test_batches_that_cannot_be_cut(tmp_path):
 def test_an_exception_surfaces_at_its_step(tmp_path, workers):
     split, _ = make_corpus(tmp_path / "c", [30, 40])
     source = BatchSource(split, 16, 2)
-    original = source.order.samples
+    original = source.order.draw
 
-    def samples(step):
+    def draw(step):
         if step == 5:
             raise RuntimeError("planted")
         return original(step)
 
-    source.order.samples = samples
+    source.order.draw = draw
     prefetcher = Prefetcher(source, 3, workers=workers)
     assert len(next(prefetcher)) == len(next(prefetcher)) == 1
     with pytest.raises(RuntimeError, match="planted"):
@@ -395,13 +395,13 @@ def test_prefetching_works_ahead_and_stops_cleanly(tmp_path):
     split, _ = make_corpus(tmp_path / "c", [30, 40])
     source = BatchSource(split, 16, 2)
     threads = threading.active_count()
-    original, slow = source.order.samples, 0.15
+    original, slow = source.order.draw, 0.15
 
-    def samples(step):
+    def draw(step):
         time.sleep(slow)
         return original(step)
 
-    source.order.samples = samples
+    source.order.draw = draw
     prefetcher = Prefetcher(source, workers=2)
     next(prefetcher)
     assert prefetcher.wait_seconds >= slow / 2
