@@ -87,7 +87,7 @@ def load_classifier(
     on_long: OnLong | None = None,
     device: str = "auto",
 ) -> Classifier:
-    """The checkpoint of a run of `hotloop finetune` that was best on validation, or its last one.
+    """The checkpoint of a run of `hotloop finetune` that is best on validation, or its last one.
 
     Of a folder of several seeds, the run that was best on validation. on_long none: as the run was trained. Raises
     UserError.
@@ -150,11 +150,16 @@ def read_described(folder: Path) -> dict[str, Any]:
 
 
 def best_seed(folder: Path) -> Path:
-    """`folder`, or of the runs seed-0, seed-1, ... in it the one with the lowest loss on validation."""
+    """`folder`, or of the runs seed-0, seed-1, ... in it the one that is best on validation."""
     if (folder / "config.toml").exists() or not folder.is_dir():
         return folder
-    losses = {
-        path.parent: json.loads(path.read_text(encoding="utf-8"))["validation"]["loss"]
+
+    def rank(result: dict[str, Any]) -> tuple[float, float]:
+        held = result["validation"]
+        return (held["loss"] if result["best"] == "loss" else -held[result["best"]], held["loss"])
+
+    ranks = {
+        path.parent: rank(json.loads(path.read_text(encoding="utf-8")))
         for path in sorted(folder.glob(f"seed-*/{RESULT}"))
     }
-    return min(losses, key=lambda run: losses[run]) if losses else folder
+    return min(ranks, key=lambda run: ranks[run]) if ranks else folder

@@ -235,6 +235,8 @@ class LabelsConfig:
     averaged (an epoch of training sees one window of each text, drawn anew)."""
     threshold: Literal["half", "validation"] = "half"
     """Multi-label: probability from which a label is given: 0.5, or the one of the best micro-F1 on validation."""
+    best: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
+    """What of the validation split the best checkpoint is best by, and early stopping looks at."""
     baselines: bool = _execution(True)
     """Fit the TF-IDF baseline beside the model."""
 

@@ -41,7 +41,7 @@ class Predict:
     on_long: Literal["error", "truncate", "window"] | None = None
     """What becomes of texts longer than the model; none: as in training."""
     checkpoint: Literal["last", "best"] = "best"
-    """The newest one, or the one with the lowest loss on validation."""
+    """The newest one, or the one that is best on validation."""
 
     def __call__(self) -> int:
         from hotloop.engine.classifier import load_classifier

@@ -15,6 +15,7 @@ NUMBERED = 20
 """Classes up to which the cells of a confusion matrix show their numbers."""
 STRONGEST = 0.6
 """Opacity of a full cell: dark and light text stay readable on it."""
+BEST = {"macro_f1": "macro-F1", "accuracy": "accuracy", "loss": "loss"}
 BASELINES = {"majority": "majority class", "tfidf": "TF-IDF, logistic regression"}
 
 
@@ -74,7 +75,9 @@ def confusion_matrix(table: Sequence[Sequence[int]], classes: Sequence[str], nam
 def _how(result: Mapping[str, Any]) -> str:
     data, counts = result["data"]["splits"], result["data"]["counts"]
     sizes = ", ".join(f"{split['examples']:,} for {name}" for name, split in data.items())
-    text = f"Texts: {sizes}. The checkpoint of step {result['step']:,} had the lowest validation loss"
+    text = (
+        f"Texts: {sizes}. The checkpoint of step {result['step']:,} was best on validation, by {BEST[result['best']]}"
+    )
     text += f", and the threshold {result['threshold']:.2f} was chosen on validation." if result["multi_label"] else "."
     removed = counts["duplicates_across"] + counts["duplicates_within"]
     text += f" {removed:,} duplicates were removed, {counts['conflicts']:,} texts have conflicting labels."

@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -23,19 +24,33 @@ from hotloop.engine.objectives.classification import ClassificationObjective
 from hotloop.engine.report.scores import decide, negative_log_likelihood, score
 from hotloop.engine.train.parameter_groups import freeze
 
+TIE = 1e-6
+"""Weight of a nat beside a score: less than one text of any validation split decides."""
+
 
 @dataclass(frozen=True)
 class ClassificationEvaluation:
-    loss: float
-    """Nats a text, weighted as in training; of a multi-label task the mean over its labels."""
+    nats: float
+    """A text, weighted as in training; of a multi-label task the mean over its labels."""
     accuracy: float
     macro_f1: float
     examples: int
     tokens: int
     seconds: float
+    best: Literal["macro_f1", "accuracy", "loss"]
+
+    @property
+    def loss(self) -> float:
+        """What the best checkpoint has the least of: nats; or 1 - the score, and of equal scores the fewer nats."""
+        if self.best == "loss":
+            return self.nats
+        return 1 - getattr(self, self.best) + TIE * min(self.nats, 10.0)
 
     def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
+        return {
+            "loss": self.nats, "accuracy": self.accuracy, "macro_f1": self.macro_f1, "examples": self.examples,
+            "tokens": self.tokens, "seconds": self.seconds,
+        }  # fmt: skip
 
 
 class ClassificationPlan:
@@ -145,12 +160,13 @@ class ClassificationTask:
         labels = data.validation.labels
         found = score(labels, decide(probabilities, data.multi_label), data.classes)
         return ClassificationEvaluation(
-            loss=negative_log_likelihood(labels, probabilities, self.plan.weights),
+            nats=negative_log_likelihood(labels, probabilities, self.plan.weights),
             accuracy=found.accuracy,
             macro_f1=found.macro_f1,
             examples=len(labels),
             tokens=int(pieces.bounds[-1]),
             seconds=time.perf_counter() - began,
+            best=self.recipe.labels.best,
         )
 
     def describe(self) -> str:

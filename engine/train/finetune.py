@@ -56,8 +56,8 @@ def finetune(
 def judge(recipe: Recipe, plan: ClassificationPlan, folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """result.json of a run that has ended: written by the first call, read by later ones.
 
-    The checkpoint with the lowest validation loss, and on validation the threshold of a multi-label task, are chosen
-    before the test split is looked at.
+    The checkpoint that is best on validation, and the threshold of a multi-label task, are chosen before the test split
+    is looked at.
     """
     path = folder / RESULT
     if path.exists():
@@ -87,6 +87,7 @@ def judge(recipe: Recipe, plan: ClassificationPlan, folder: Path, known: dict[st
         "format": 1,
         "step": trained.step,
         "checkpoint": which,
+        "best": recipe.labels.best,
         "classes": list(classes),
         "multi_label": multi_label,
         "threshold": threshold,

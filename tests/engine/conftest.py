@@ -88,15 +88,15 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SENTIMENTS = ["good", "fine", "bright", "bad", "poor", "dull", "red", "blue"]
 
 
-def labelled_rows(n: int, seed: int = 0) -> list[dict]:
-    """Texts of up to 12 words, two of them telling: positive, negative, or neither (neutral); no text twice."""
-    draw = random.Random(seed)
+@pytest.fixture(scope="session")
+def labelled_rows() -> list[dict]:
+    """260 texts of up to 12 words, two of them telling: positive, negative, or neither (neutral); no text twice."""
+    draw = random.Random(0)
     telling = {"positive": SENTIMENTS[:3], "negative": SENTIMENTS[3:6], "neutral": SENTIMENTS[6:]}
     rows: dict[str, dict] = {}
-    while len(rows) < n:
+    while len(rows) < 260:
         label = draw.choice(sorted(telling))
         words = [draw.choice(WORDS) for _ in range(draw.randint(2, 10))] + draw.choices(telling[label], k=2)
         draw.shuffle(words)
-        text = " ".join(words)
-        rows.setdefault(text, {"id": len(rows), "text": text, "label": label})
+        rows.setdefault(" ".join(words), {"id": len(rows), "text": " ".join(words), "label": label})
     return list(rows.values())

@@ -33,6 +33,15 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def source(multi_label: bool, weights: bool, global_batch: int = 8, **options) -> ExampleSource:
     """40 texts of 2 to 20 tokens."""
     draw = np.random.default_rng(0)
