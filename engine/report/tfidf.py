@@ -98,7 +98,7 @@ def _classifier(C: float, class_weight: Any, multi_label: bool) -> Any:
 def _class_weight(weights: Sequence[float] | str, multi_label: bool) -> Any:
     if weights == "none":
         return None
-    if weights == "balanced" or multi_label:  # a regression for each label has two classes: balance is what fits
+    if isinstance(weights, str) or multi_label:  # a regression for each label has two classes: balance is what fits
         return "balanced"
     return {number: float(weight) for number, weight in enumerate(weights)}
 

@@ -89,7 +89,7 @@ class Throughput:
         self.peak = measure_matmul_peak(self.device, dtype)
 
     def of_step(
-        self, seconds: float, *, tokens: int, supervised: int, positions: int, sum_squares: int | None = None
+        self, seconds: float, *, tokens: int, supervised: float, positions: int, sum_squares: int | None = None
     ) -> dict[str, float]:
         """Fields of a train line. tokens, supervised, positions (tokens and padding) and sum_squares (see `step_flops`)
         are of the global batch. mfu is of the exact count, mfu_palm of the other."""

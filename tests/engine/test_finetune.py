@@ -349,9 +349,14 @@ def test_memory_does_not_grow_with_the_file(trained, labelled_rows, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"initial": {"path": ""}}, "initial.path is not set"),
+        (
+            {"initial": {"path": "", "pooling": "none", "classifier_head": "none", "dropout": "none"}},
+            "initial.path is not set",
+        ),
+        ({"model": {"n_layers": 3}}, "the model is the checkpoint's"),
+        ({"data": {"path": "corpora/mine"}}, "texts are given by labels.train"),
         ({"initial": {"path": "no/such"}}, "no/such: no such folder"),
-        ({"initial": {"context": 4096}}, "initial.context = 4096: longer than that of"),
+        ({"initial": {"context": 4096}}, "initial.context = 4096: "),
         ({"labels": {"train": []}}, "labels.train is not set"),
         ({"labels": {"train": ["no-such.csv"]}}, "no-such.csv: no such file"),
         ({"labels": {"label": "stars"}}, "line 1: no field 'stars'"),
