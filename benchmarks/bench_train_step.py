@@ -1,4 +1,5 @@
-"""One training step of a GPT of 6 layers x 384, context 256, 8 sequences: ours against plain PyTorch.
+"""One training step: a GPT of 6 layers x 384, context 256, 8 sequences, ours against plain PyTorch; and BERT on
+documents of mixed length, masked and classified, against padded batches (see encoder_step.py).
 
     python benchmarks/bench_train_step.py --out benchmarks/results/train_step
 
@@ -13,6 +14,7 @@ from functools import partial
 
 import pytest
 import torch
+from encoder_step import encoder_cases
 from torch import Tensor
 
 from hotloop.engine.config import Recipe
@@ -135,10 +137,12 @@ def cases(everything: bool) -> Iterator[Case]:
     for vocab in (4096, 50304):
         for precision in ("fp32", "bf16"):
             yield case_of(vocab, precision, ("eager", "compile"))
+    yield from encoder_cases(("eager", "compile"))
 
 
 # Under pytest eager only, to stay short: the script has the compiled rows.
 SMALL = [case_of(vocab, precision, ("eager",)) for vocab in (4096, 50304) for precision in ("fp32", "bf16")]
+SMALL += encoder_cases(("eager",))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=ids(SMALL))

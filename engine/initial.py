@@ -19,9 +19,9 @@ from torch import Tensor
 from hotloop.engine.config import ModelConfig, Recipe
 from hotloop.engine.data.tokenizer import plain_tokenizer
 from hotloop.engine.errors import UserError
-from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint
+from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint, read_json
 from hotloop.engine.pretrained.names import head_of, shapes
-from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, read_weights, wish
+from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, check_head, read_weights, wish
 from hotloop.engine.recipe import differences, from_dict, load_toml, to_dict
 from hotloop.engine.special_tokens import SpecialTokens, read_special_tokens, vocabulary
 
@@ -41,6 +41,8 @@ class Initial:
     """Tensors of heads that were not asked for, by the names of the checkpoint."""
     labels: tuple[str, ...] = ()
     """Names of the classes of a classifier that came with the checkpoint."""
+    multi_label: bool = False
+    """Whether any number of them fits a text."""
 
 
 def read_initial(
@@ -130,6 +132,7 @@ def _read_run(
 
     recipe = from_dict(Recipe, load_toml(folder / "config.toml"), str(folder / "config.toml"))
     theirs = recipe.model
+    check_head(folder, "this run", theirs.causal, head)
     has = head_of(theirs)
     if theirs.causal and not theirs.n_labels:  # as decoders have it: the last position has seen the text
         theirs = replace(theirs, pooling="last", classifier_bias=False)
@@ -137,10 +140,6 @@ def _read_run(
         theirs, has=has, there=theirs.n_labels, n_labels=n_labels, head=head, classifier_head=classifier_head,
         pooling=pooling,
     )  # fmt: skip
-    if config.head == "masked" and config.causal:
-        raise UserError(
-            f"{folder}: a causal model has no head for masked language modelling: train with another objective"
-        )
     found, weights, _ = find_weights(folder / "checkpoints", which)
     wanted = shapes(config)
     # The classes of another task are not those of this one: a classifier that is asked for begins anew.
@@ -153,10 +152,22 @@ def _read_run(
     dropped = tuple(name for name in weights if name not in state)
     tokenizer = plain_tokenizer(folder / TOKENIZER)
     special = _special_tokens(folder, tokenizer, config)
+    labels: tuple[str, ...] = ()
+    multi_label = False
+    if config.n_labels and n_labels is None:
+        labels, multi_label = _classes(folder)
     digest = hashlib.sha256((folder / "config.toml").read_bytes())
     for record in found.files.values():
         digest.update(record.sha256.encode())
-    return Initial(config, state, tokenizer, special, digest.hexdigest(), str(folder), dropped)
+    return Initial(
+        config, state, tokenizer, special, digest.hexdigest(), str(folder), dropped, labels, multi_label
+    )  # fmt: skip
+
+
+def _classes(folder: Path) -> tuple[tuple[str, ...], bool]:
+    """(names of the classes, whether any number of them fits a text) of a run that classifies."""
+    described = read_json(folder / "labels.json")
+    return tuple(described["classes"]), bool(described["multi_label"])
 
 
 def _special_tokens(folder: Path, tokenizer_json: str | None, config: ModelConfig) -> SpecialTokens:

@@ -6,9 +6,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from hotloop.engine.checkpointed import TrainedModel
+    from hotloop.engine.data.shards import Corpus
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Evaluate:
     prepared with the run's tokenizer: hotloop prepare ... --tokenizer runs/mine/tokenizer.json
 
     A run of `hotloop finetune` is evaluated on any files of labelled rows (--labelled).
+
+    A masked run is scored on hidden tokens, under the noise of its training: loss, accuracy and pseudo-perplexity, or
+    with --exact on all tokens, each masked alone.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -44,6 +51,8 @@ class Evaluate:
     """For a classifier: CSV, JSONL or Parquet files with its fields of text and label."""
     on_long: Literal["error", "truncate", "window"] | None = None
     """For a classifier: what becomes of texts longer than the model; none: as in training."""
+    exact: bool = False
+    """For a masked run: mask every token in turn, one at a time, a pass for each; bound it with --max-bytes."""
     checkpoint: Literal["last", "best"] | None = None
     """The newest one, or the one with the lowest held-out loss; none: last, and best of a classifier."""
     json: bool = False
@@ -73,6 +82,10 @@ class Evaluate:
                 f"--tokenizer {self.run / 'tokenizer.json'}"
             )
         context = trained.recipe.data.context or trained.recipe.model.context
+        if trained.recipe.objective == "masked":
+            return self._masked(trained, corpus, context)
+        if self.exact:
+            raise UserError("--exact: only for a masked run")
         stride = max(context // 2, 1) if self.stride is None else self.stride
         if not 0 < stride <= context:
             raise UserError(f"--stride {stride}: must be between 1 and the context, {context}")
@@ -116,4 +129,30 @@ class Evaluate:
         print(f"{'class':<{width}}  precision  recall      F1    texts")
         for one in found.classes:
             print(f"{one.name:<{width}}  {one.precision:9.4f}  {one.recall:6.4f}  {one.f1:6.4f}  {one.support:7,}")
+        return 0
+
+    def _masked(self, trained: TrainedModel, corpus: Corpus, context: int) -> int:
+        from hotloop.engine.data.masking import Masking, Vocabulary
+        from hotloop.engine.errors import UserError
+        from hotloop.engine.train.evaluate_masked import evaluate_masked
+
+        if self.stride is not None:
+            raise UserError(f"--stride {self.stride}: not for a masked run, whose pieces of text do not overlap")
+        vocabulary = Vocabulary.of(corpus.tokenizer_path.read_text(encoding="utf-8"))
+        masking = Masking(trained.recipe.masking, vocabulary, trained.recipe.train.seed)
+        result = evaluate_masked(
+            trained.model, corpus.split(self.split), masking, context=context, max_bytes=self.max_bytes,
+            seed=self.seed, exact=self.exact,
+        )  # fmt: skip
+        assert result is not None  # nothing polls for a stop here
+        if self.json:
+            print(json.dumps({"run": str(self.run), "step": trained.step, **result.to_dict()}))
+            return 0
+        how = "each masked alone" if self.exact else f"{trained.recipe.masking.rate:.0%} of the text hidden"
+        print(
+            f"step {trained.step}: loss {result.loss:.4f} nats/token  accuracy {result.accuracy:.4f}  "
+            f"pseudo-perplexity {result.pseudo_perplexity:.2f}\n{result.documents:,} documents, "
+            f"{result.bytes:,} bytes, {result.tokens:,} tokens scored, {how}; pieces of {context} tokens; "
+            f"{result.seconds:.1f} s"
+        )
         return 0

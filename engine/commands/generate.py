@@ -45,11 +45,17 @@ class Generate:
     def __call__(self) -> int:
         self._check()
         from hotloop.engine.checkpointed import load_run
+        from hotloop.engine.errors import UserError
         from hotloop.engine.generate import Sampling, complete
 
         trained = load_run(self.run, self.checkpoint)
         for note in trained.notes:
             print(f"hotloop: {note}", file=sys.stderr)
+        if not trained.model.config.causal:
+            raise UserError(
+                f"{self.run} was trained with objective {trained.recipe.objective!r}, not to continue text"
+                + ("; use `hotloop fill-mask`" if trained.recipe.objective == "masked" else "")
+            )
         for i in range(self.samples):
             sampling = Sampling(self.temperature, self.top_k, self.top_p, self.max_tokens, self.seed + i)
             pieces = complete(trained, self.prompt, sampling)

@@ -18,6 +18,8 @@ import tyro
 from hotloop.engine.commands.demo import Demo
 from hotloop.engine.commands.doctor import Doctor
 from hotloop.engine.commands.evaluate import Evaluate
+from hotloop.engine.commands.export import Export
+from hotloop.engine.commands.fill_mask import FillMask
 from hotloop.engine.commands.finetune import Finetune
 from hotloop.engine.commands.generate import Generate
 from hotloop.engine.commands.predict import Predict
@@ -33,9 +35,11 @@ Train language models on your own documents.
   hotloop prepare my_documents/ --out corpora/mine     documents -> tokenizer and shards
   hotloop pretrain recipes/mine.toml --out runs/mine   shards -> model; the same command again resumes
   hotloop generate runs/mine --prompt "Once"           text from the model
+  hotloop fill-mask runs/bert "The [MASK] falls."      what a masked model puts there
   hotloop finetune recipes/labels.toml --out runs/l    labelled texts, checkpoint -> classifier, beside baselines
   hotloop predict runs/l texts.csv --out labels.csv    label and probabilities for each text
   hotloop eval runs/mine                               held-out loss, perplexity; accuracy of a classifier
+  hotloop export runs/mine --out exported/mine         a folder that `transformers` loads
   hotloop doctor                                       what this machine has, which backend serves each op
   hotloop tune attention                               measures launch configurations on this GPU
   hotloop demo                                         all of it on Python's own library, in five minutes
@@ -50,8 +54,10 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "prepare": Prepare,
     "pretrain": Pretrain,
     "generate": Generate,
+    "fill-mask": FillMask,
     "finetune": Finetune,
     "predict": Predict,
+    "export": Export,
     "eval": Evaluate,
     "doctor": Doctor,
     "tune": Tune,

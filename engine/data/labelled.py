@@ -133,8 +133,8 @@ def read_labelled(config: LabelsConfig) -> LabelledData:
                     raise UserError(f"{where}: label {name!r} is outside the set of {of}: {_listed(classes)}")
     drawn, unused = _draw(config, pools)
     number = {name: i for i, name in enumerate(classes)}
-    made = {split: _examples(drawn[split], number, config.multi_label) for split in SPLITS}
-    data = LabelledData(classes, config.multi_label, **made, counts=replace(counts, unused=unused))
+    train, validation, test = (_examples(drawn[split], number, config.multi_label) for split in SPLITS)
+    data = LabelledData(classes, config.multi_label, train, validation, test, replace(counts, unused=unused))
     for split, examples in data.splits().items():
         if not len(examples):
             raise UserError(f"labels: the {split} split has no example ({data.describe()})")

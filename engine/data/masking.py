@@ -51,6 +51,7 @@ class Vocabulary:
     special: np.ndarray  # (V,) bool, never masked and never drawn
     ordinary: np.ndarray  # (n,) int64, the other ids that stand for something
     words: Words | None  # none: the tokenizer does not tell
+    spaces_lead: bool  # a space is part of the token after it
 
     @classmethod
     def of(cls, tokenizer_json: str) -> Vocabulary:
@@ -77,13 +78,15 @@ class Vocabulary:
             special[unknown] = True
         exists = np.zeros(len(texts), dtype=bool)
         exists[list(vocabulary.values())] = True
+        words = _words(described, texts)
         return cls(
             mask=mask,
             first=_first_of(FIRST, added),
             last=_first_of(LAST, added),
             special=special,
             ordinary=np.flatnonzero(exists & ~special),
-            words=_words(described, texts),
+            words=words,
+            spaces_lead=words is not None and described["model"]["type"] != "WordPiece",
         )
 
 

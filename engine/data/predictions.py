@@ -47,8 +47,8 @@ class _Names:
     def predicted(self, probabilities: np.ndarray) -> list[Any]:
         answers = decide(probabilities, self.multi_label, self.threshold)
         if not self.multi_label:
-            return [self.classes[i] for i in answers.tolist()]
-        return [[self.classes[i] for i in np.flatnonzero(row).tolist()] for row in answers]
+            return [self.classes[int(i)] for i in answers]
+        return [[self.classes[int(i)] for i in np.flatnonzero(row)] for row in answers]
 
 
 def check_output(path: Path) -> None:

@@ -65,6 +65,7 @@ def read_weights(
         raise UserError(f"{folder / CONFIG}: field {error} is missing") from error
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    check_head(folder, values["model_type"], config.causal, head)
     has = _head_of(folder, values, family, theirs)
     labels = _labels(values) if has == "classifier" else ()
     _settle_twins(folder, family, config, has, theirs)
@@ -77,7 +78,6 @@ def read_weights(
         classifier_head=classifier_head,
         pooling=pooling,
     )
-    _check_heads(folder, family, values["model_type"], wanted)
     # The classes of another task are not those of this one: a classifier that is asked for begins anew.
     keeps_classes = has == "classifier" and n_labels is None
 
@@ -162,11 +162,17 @@ def _head_of(folder: Path, values: Mapping[str, Any], family: Family, theirs: Ma
     return "linear"
 
 
-def _check_heads(folder: Path, family: Family, name: str, config: ModelConfig) -> None:
-    if config.head == "masked" and "masked" not in family.heads:
+def check_head(source: Path, name: str, causal: bool, head: HeadWish | None) -> None:
+    """Raises UserError for a language model's head that such a model cannot have."""
+    if head == "masked" and causal:
         raise UserError(
-            f"{folder}: {name} is a causal family without a head for masked language modelling: give an encoder "
+            f"{source}: {name} is a causal model, without a head for masked language modelling: give an encoder "
             "(bert, modernbert), or train with another objective"
+        )
+    if head == "linear" and not causal:
+        raise UserError(
+            f"{source}: {name} is an encoder, it sees what a causal model should predict: give a decoder "
+            "(gpt2, llama, qwen2, qwen3), or train with another objective"
         )
 
 

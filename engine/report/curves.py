@@ -62,6 +62,8 @@ def loss_curve(run: Run) -> Picture:
         legend.append(("model", f"training, mean of {window} steps"))
     if "loss" in held:
         legend.append(("held", "held out"))
+    if "general_loss" in held:
+        legend.append(("part3", "general text, held out"))
     if len(skipped):
         legend.append(("held", "skipped step (tick at the bottom)"))
 
@@ -72,7 +74,9 @@ def loss_curve(run: Run) -> Picture:
         if "loss" in held:
             marker = "o" if len(held) <= 60 else ""
             axes.plot(held["step"], held["loss"], marker, ls="-", color=INKS["held"], lw=1.2, ms=4.0, mew=0.0)
-        axes.set_ylim(*robust_limits(loss, held["loss"]))
+        if "general_loss" in held:
+            axes.plot(held["step"], held["general_loss"], "o", ls="--", color=INKS["part3"], lw=1.2, ms=4.0, mew=0.0)
+        axes.set_ylim(*robust_limits(loss, np.concatenate([held["loss"], held["general_loss"]])))
         low = np.full(len(skipped), axes.get_ylim()[0])
         axes.plot(skipped, low, "|", color=INKS["held"], markersize=9.0, clip_on=False)
 

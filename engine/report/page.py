@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from hotloop.engine.report import classification, curves
+from hotloop.engine.report import classification, curves, held_out
 from hotloop.engine.report.style import STYLE
 from hotloop.engine.report.summary import Run, verdict
 
@@ -20,6 +20,8 @@ def page(run: Run, summary: Mapping[str, Any], samples: Sequence[Mapping[str, st
     result = summary["classification"]
     sections = [
         section("Classification", classification.section(result, figure) if result else ""),
+        section("Hidden tokens of held-out text", held_out.masked(summary)),
+        section("What is forgotten", held_out.forgetting(summary)),
         section("Held-out text against counting", _bits(summary)),
         section("Loss", _loss(run, summary)),
         section("Learning rate and gradient", _schedule(run)),
@@ -90,6 +92,9 @@ def _headline(summary: Mapping[str, Any]) -> str:
     tiles = [
         ("bits per byte, held out", summary["bits_per_byte"], "{:.3f}"),
         ("held-out loss, nats per token", evaluation.get("loss"), "{:.3f}"),
+        ("of the hidden tokens found", evaluation.get("accuracy"), "{:.1%}"),
+        ("pseudo-perplexity, held out", evaluation.get("pseudo_perplexity"), "{:.2f}"),
+        ("forgotten, nats per token of general text", (summary["forgetting"] or {}).get("difference"), "{:+.3f}"),
         ("training loss, last 5 % of steps", summary["train_loss"], "{:.3f}"),
         ("tokens seen", summary["tokens"] or None, curves.short),
         ("tokens per second", summary["tokens_per_second"], "{:,.0f}"),

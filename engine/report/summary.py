@@ -163,7 +163,8 @@ def summarize(run: Run, extra: Mapping[str, Any] | None = None) -> dict[str, Any
     evaluation, during = extra.get("evaluation"), run.evaluations
     final = dict(evaluation) if evaluation else None
     if final is None and len(during):
-        columns = ("step", "loss", "bits_per_byte", "perplexity", "tokens", "bytes")
+        columns = ("step", "loss", "bits_per_byte", "perplexity", "accuracy", "pseudo_perplexity", "general_loss",
+                   "tokens", "bytes")  # fmt: skip
         final = {name: value for name in columns if (value := during.last(name)) is not None}
     bits = final.get("bits_per_byte") if final else None
     baseline = {
@@ -191,6 +192,7 @@ def summarize(run: Run, extra: Mapping[str, Any] | None = None) -> dict[str, Any
         "kneser_ney_not_beaten": [c for c in baseline if c not in beaten] if baseline and bits is not None else None,
         "evaluation": final,
         "best_evaluation": _best(during),
+        "forgetting": forgetting(during),
         "train_loss": _tail_mean(train["loss"]),
         "tokens": float(np.nansum(train["tokens"])),
         "supervised_tokens": float(np.nansum(train["supervised"])),
@@ -235,6 +237,23 @@ def verdict(summary: Mapping[str, Any]) -> str | None:
         sentence + f"it beats the Kneser-Ney models fitted on the same documents with {listed(beaten)}, "
         f"and does not beat those with {listed(not_beaten)}."
     )
+
+
+def forgetting(evaluations: Columns) -> dict[str, Any] | None:
+    """Held-out loss on general text, before the run's first step, during it and after; None where it was not judged."""
+    if "general_loss" not in evaluations:
+        return None
+    steps, losses = evaluations["step"], evaluations["general_loss"]
+    known = np.isfinite(losses)
+    steps, losses = steps[known].astype(int).tolist(), losses[known].tolist()
+    before = losses[0] if steps[0] == 0 else None
+    return {
+        "before": before,
+        "after": losses[-1],
+        "difference": None if before is None else losses[-1] - before,
+        "steps": steps,
+        "losses": losses,
+    }
 
 
 def jsonable(value: Any) -> Any:

@@ -103,7 +103,7 @@ class CorpusPlan:
             if context > model.context:
                 name = "data.context" if data.context else "initial.context"
                 raise UserError(f"{name} = {context}: longer than that of {self.initial.source} ({model.context})")
-        return replace(recipe, data=replace(data, context=context), model=model)
+        return replace(recipe, data=replace(data, path=str(self.corpus.folder), context=context), model=model)
 
     def _check_tokenizer(self, corpus: Corpus) -> None:
         if self.initial is not None:
