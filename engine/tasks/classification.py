@@ -18,7 +18,7 @@ from hotloop.engine.data.examples import ExampleSource, Frame, Pieces, TextEncod
 from hotloop.engine.data.labelled import LabelledData, read_labelled
 from hotloop.engine.data.tokenizer import tokenizer_hash
 from hotloop.engine.errors import UserError
-from hotloop.engine.initial import Initial, read_initial
+from hotloop.engine.initial import Initial, initial_of
 from hotloop.engine.model import Transformer
 from hotloop.engine.objectives.classification import ClassificationObjective
 from hotloop.engine.report.scores import decide, negative_log_likelihood, score
@@ -57,35 +57,31 @@ class ClassificationPlan:
     """Labelled files and the checkpoint to begin with, opened and checked."""
 
     def __init__(self, recipe: Recipe):
-        if not recipe.initial.path:
-            raise UserError("initial.path is not set: give the folder of the checkpoint to fine-tune")
         if not recipe.labels.train:
             raise UserError("labels.train is not set: give the files of labelled texts")
+        if recipe.data.path or recipe.data.sources or recipe.data.context is not None:
+            raise UserError(
+                "data.path, data.sources and data.context are of documents: texts are given by labels.train, their "
+                "longest by initial.context"
+            )
         self.data: LabelledData = read_labelled(recipe.labels)
         self.weights = class_weights(recipe, self.data)
-        given = recipe.initial
-        self.initial: Initial = read_initial(
-            given.path, n_labels=len(self.data.classes), head="none",
-            pooling=given.pooling, classifier_head=given.classifier_head,
-        )  # fmt: skip
-        if self.initial.tokenizer is None:
-            raise UserError(f"{self.initial.source}: no tokenizer.json, without which texts cannot be read")
+        initial = initial_of(recipe, n_labels=len(self.data.classes), head="none")
+        if initial is None:
+            raise UserError("initial.path is not set: give the folder of the checkpoint to fine-tune")
+        if initial.tokenizer is None:
+            raise UserError(f"{initial.source}: no tokenizer.json, without which texts cannot be read")
+        self.initial: Initial = initial
+        self.tokenizer = initial.tokenizer
         special = self.initial.special
         self.frame = Frame.of(special.cls, special.sep, special.end)
         self.pad_id = next(i for i in (special.pad, special.end, special.sep, 0) if i is not None)
-        self.context = self._context(recipe)
-        self.pieces = self._encode(TextEncoder(self.initial.tokenizer, self.frame, self.context, recipe.labels.on_long))
+        self.context = initial.config.context
+        self.pieces = self._encode(TextEncoder(self.tokenizer, self.frame, self.context, recipe.labels.on_long))
         self.files = {
             LABELS: json.dumps(self.describe(), indent=2, ensure_ascii=False).encode() + b"\n",
-            "tokenizer.json": self.initial.tokenizer.encode(),
+            "tokenizer.json": self.tokenizer.encode(),
         }
-
-    def _context(self, recipe: Recipe) -> int:
-        longest = self.initial.config.context
-        context = recipe.initial.context or longest
-        if context > longest:
-            raise UserError(f"initial.context = {context}: longer than that of {self.initial.source}, {longest}")
-        return context
 
     def _encode(self, encode: TextEncoder) -> dict[str, Pieces]:
         """Of all splits together, so that too long texts are counted together, and before any training."""
@@ -101,19 +97,18 @@ class ClassificationPlan:
         return cut
 
     def describe(self) -> dict[str, object]:
-        assert self.initial.tokenizer is not None
         return {
             **self.data.to_dict(),
             "class_weights": None if self.weights is None else self.weights.tolist(),
             "initial": self.initial.fingerprint,
-            "tokenizer_hash": tokenizer_hash(self.initial.tokenizer),
+            "tokenizer_hash": tokenizer_hash(self.tokenizer),
             "before": self.frame.before,
             "after": self.frame.after,
             "pad_id": self.pad_id,
         }
 
     def resolve(self, recipe: Recipe) -> Recipe:
-        config, dropout = self.initial.config, recipe.initial.dropout
+        config = self.initial.config
         if recipe.finetune.frozen_layers > config.n_layers:
             raise UserError(
                 f"finetune.frozen_layers = {recipe.finetune.frozen_layers}: the checkpoint has {config.n_layers} layers"
@@ -124,7 +119,7 @@ class ClassificationPlan:
         return replace(
             recipe,
             data=replace(recipe.data, context=self.context),
-            model=replace(config, dropout=config.dropout if dropout is None else dropout),
+            model=config,
             train=replace(recipe.train, steps=steps),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from hotloop.engine.train.loop import Outcome
 from hotloop.engine.train.pretrain import run_plan
 
 BASELINES = ("majority", "tfidf")
+MEASURES = ("accuracy", "macro_f1")
 
 
 def finetune(
@@ -142,6 +144,8 @@ def seed_recipes(recipe: Recipe, n: int) -> list[Recipe]:
 
 def finetune_seeds(recipe: Recipe, folder: Path, n: int) -> tuple[list[Outcome], list[dict[str, Any]]]:
     """Runs folder/seed-0, folder/seed-1, ...; each is resumed or, where it has ended, read. Ends early on a signal."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("several seeds run one after the other in one process: start them without torchrun")
     if folder.is_dir() and any(not entry.name.startswith(("seed-", "report.")) for entry in folder.iterdir()):
         raise UserError(f"{folder} holds something else than runs of several seeds: give another folder (--out)")
     outcomes: list[Outcome] = []
@@ -158,22 +162,22 @@ def finetune_seeds(recipe: Recipe, folder: Path, n: int) -> tuple[list[Outcome],
 
 def summarize_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds with their 95 % t-intervals, of the model and of the baselines, on the test splits."""
-
-    def over(values: list[float]) -> dict[str, Any]:
-        return asdict(interval(values))
-
     names = [name for name in BASELINES if all(name in result["baselines"] for result in results)]
-    measures = ("accuracy", "macro_f1")
+    model = {m: np.array([result["test"][m] for result in results]) for m in MEASURES}
+    simple = {
+        name: {m: np.array([result["baselines"][name][m] for result in results]) for m in MEASURES} for name in names
+    }
     return {
         "seeds": len(results),
         "test_examples": [result["test"]["examples"] for result in results],
-        "model": {m: over([r["test"][m] for r in results]) for m in measures},
-        "baselines": {name: {m: over([r["baselines"][name][m] for r in results]) for m in measures} for name in names},
-        "gain": {
-            name: {m: over([r["test"][m] - r["baselines"][name][m] for r in results]) for m in measures}
-            for name in names
-        },
+        "model": _intervals(model),
+        "baselines": {name: _intervals(values) for name, values in simple.items()},
+        "gain": {name: _intervals({m: model[m] - values[m] for m in MEASURES}) for name, values in simple.items()},
     }
+
+
+def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {measure: asdict(interval(of_seeds.tolist())) for measure, of_seeds in values.items()}
 
 
 def as_interval(values: Mapping[str, Any]) -> Interval:

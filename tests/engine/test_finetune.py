@@ -349,9 +349,14 @@ def test_memory_does_not_grow_with_the_file(trained, labelled_rows, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"initial": {"path": ""}}, "initial.path is not set"),
+        (
+            {"initial": {"path": "", "pooling": "none", "classifier_head": "none", "dropout": "none"}},
+            "initial.path is not set",
+        ),
+        ({"model": {"n_layers": 3}}, "the model is the checkpoint's"),
+        ({"data": {"path": "corpora/mine"}}, "texts are given by labels.train"),
         ({"initial": {"path": "no/such"}}, "no/such: no such folder"),
-        ({"initial": {"context": 4096}}, "initial.context = 4096: longer than that of"),
+        ({"initial": {"context": 4096}}, "initial.context = 4096: "),
         ({"labels": {"train": []}}, "labels.train is not set"),
         ({"labels": {"train": ["no-such.csv"]}}, "no-such.csv: no such file"),
         ({"labels": {"label": "stars"}}, "line 1: no field 'stars'"),
@@ -472,3 +477,42 @@ def raise_from_main(arguments: list[str]) -> None:
     from hotloop.engine.commands.main import run
 
     run(arguments)
+
+
+def test_a_causal_run_is_a_checkpoint_to_begin_with(make, recipe, tmp_path):
+    pretrain(recipe(train={"steps": 2}, evaluation={"every": 0}), tmp_path / "causal")
+    initial = {"path": str(tmp_path / "causal"), "pooling": "none", "classifier_head": "none", "dropout": "none"}
+    _, result = finetune(
+        make(initial=initial, labels={"baselines": False, "on_long": "truncate"}, train={"steps": 4}), tmp_path / "run"
+    )
+    assert result is not None
+    classifier = load_classifier(tmp_path / "run")
+    assert classifier.model.config.causal
+    assert classifier.model.config.pooling == "last"
+    assert classifier.encode.frame.before == ()
+    assert len(classifier.encode.frame.after) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(make, tmp_path):
+    recipe = make(
+        initial={"dropout": 0.0}, labels={"baselines": False, "class_weights": "balanced"}, train={"micro_batch": 3}
+    )
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "hotloop.engine",
+    ]
+    arguments = ["finetune", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "two")]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    finetune(recipe, tmp_path / "one")
+    for one, two in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("one", "two")]
+    assert results[0]["test"]["loss"] == pytest.approx(results[1]["test"]["loss"], rel=1e-3)
