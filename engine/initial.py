@@ -14,9 +14,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hotloop.engine.config import ModelConfig, Recipe
+from hotloop.engine.data.extend import extends, new_tokens, pieces_of
 from hotloop.engine.data.tokenizer import plain_tokenizer
 from hotloop.engine.errors import UserError
 from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint, read_json
@@ -118,6 +120,38 @@ def with_context(initial: Initial, context: int) -> Initial:
     if positions in state:
         state[positions] = state[positions][:context]
     return replace(initial, config=replace(initial.config, context=context), state=state)
+
+
+def extended(initial: Initial, tokenizer_json: str) -> Initial:
+    """For a corpus with this tokenizer: with more embeddings where it extends the checkpoint's, unchanged otherwise."""
+    if initial.tokenizer is None or not extends(initial.tokenizer, tokenizer_json):
+        return initial
+    return extend_embeddings(initial, tokenizer_json)
+
+
+def extend_embeddings(initial: Initial, tokenizer_json: str) -> Initial:
+    """The same for a tokenizer with more tokens: the row of each is the mean of the rows of its pieces, in the
+    embedding, in a head of its own, and in the head's bias.
+
+    Raises UserError for a tokenizer that is not an extension of the checkpoint's.
+    """
+    if initial.tokenizer is None:
+        raise UserError(f"{initial.source}: no tokenizer.json, so nothing says what its embeddings stand for")
+    added = new_tokens(initial.tokenizer, tokenizer_json)
+    old_size = initial.config.vocab_size or 0
+    new_size = max(old_size, 1 + max(added.values(), default=-1))
+    state = dict(initial.state)
+    parts = pieces_of(initial.tokenizer, added)
+    for name in ("embedding.weight", "head.weight", "masked_head.bias"):
+        if name not in state:
+            continue
+        old = state[name]
+        new = torch.cat((old, old.new_zeros(new_size - old_size, *old.shape[1:])))
+        for token, number in added.items():
+            if parts[token]:
+                new[number] = old[parts[token]].float().mean(0)
+        state[name] = new
+    return replace(initial, config=replace(initial.config, vocab_size=new_size), state=state, tokenizer=tokenizer_json)
 
 
 def _read_run(

@@ -26,10 +26,13 @@ class Prepare(PrepareConfig):
       hotloop prepare my_documents/ --out corpora/mine
       hotloop prepare notes.jsonl.zst more/ --text-field body --out corpora/mine --vocab-size 4096
       hotloop prepare other/ --out corpora/other --tokenizer runs/mine/tokenizer.json --validation-fraction 0
+      hotloop prepare notes/ --out corpora/notes --extend-tokenizer checkpoints/bert --add-tokens 2000
 
     Reads .txt .md .py (a file is a document), .jsonl .csv .parquet (a row is a document), also .gz and .zst of these.
     Drops exact duplicates, holds documents out for validation, trains a tokenizer on the rest or reuses one, and writes
-    shards. A corpus larger than memory works. What cannot be read is counted, and listed in problems.log.
+    shards. Beside a reused tokenizer it says how well one of one's own would fit; --extend-tokenizer adds tokens of
+    these documents to it, and a run that begins with its checkpoint has embeddings for them. A corpus larger than
+    memory works. What cannot be read is counted, and listed in problems.log.
     """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
@@ -75,6 +78,14 @@ def show(prepared: Prepared, console: Console) -> None:
     lines.append(
         f"vocabulary {manifest['vocab_size']:,}, stored as {manifest['dtype']}, end of document {manifest['end_id']}"
     )
+    if report["bytes_per_token"]:
+        rates = ", ".join(f"{name} {rate:.2f}" for name, rate in report["bytes_per_token"].items())
+        lines.append(f"bytes per token of held-out text, by tokenizer: {rates}")
+    if manifest["options"]["extend_tokenizer"] is not None:
+        lines.append(
+            f"{report['added_tokens']:,} tokens added to {manifest['options']['extend_tokenizer']}: a run whose "
+            "initial.path is that checkpoint begins with their embeddings as the mean of their pieces'"
+        )
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in prepared.seconds.items())
     lines.append(f"{prepared.folder}: {sum(prepared.seconds.values()):.1f} s ({phases})")
     for line in lines:

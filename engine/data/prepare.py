@@ -24,7 +24,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hotloop.engine.data.comparison import bytes_per_token, own_tokenizer
 from hotloop.engine.data.documents import Documents, OnBadEncoding, Segment
+from hotloop.engine.data.extend import extend_tokenizer, new_tokens
 from hotloop.engine.data.files import Report, printable, walk
 from hotloop.engine.data.shards import MANIFEST_FORMAT, VERSION, SplitWriter
 from hotloop.engine.data.tokenizer import END_TOKEN, Encoder, Kind, Special, load_tokenizer, train_tokenizer
@@ -34,6 +36,8 @@ from hotloop.engine.files import aside_of, fsync_folder, write_synced
 TRAIN, VALIDATION = "train", "validation"
 BATCH_CHARACTERS = 1 << 20  # the library's encodings take 50 times the memory of their text
 BATCH_SEGMENTS = 1 << 12
+COMPARED_CHARACTERS = 1 << 22
+"""Held-out text on which tokenizers are compared."""
 
 _TO_TRAIN, _TO_VALIDATION, _DUPLICATE = range(3)
 
@@ -48,6 +52,14 @@ class PrepareConfig:
     """A document with invalid UTF-8: replace the bytes with U+FFFD, skip the document, or stop with an error."""
     tokenizer: Path | None = None
     """tokenizer.json to reuse, or a folder that has one; none: train one on the training split."""
+    extend_tokenizer: Path | None = None
+    """The same, and add tokens learnt from the training split. A run that begins with the folder's checkpoint grows its
+    embeddings."""
+    add_tokens: int = 1000
+    """Tokens to add to --extend-tokenizer; fewer where too little repeats itself."""
+    compare_tokenizers: bool = True
+    """With a reused or extended tokenizer, train one of one's own of the same kind and size besides, and say how many
+    bytes of held-out text a token of each is."""
     kind: Kind = "bpe"
     """Kind of tokenizer to train; bpe is byte-level and lossless."""
     vocab_size: int = 16_384
@@ -92,7 +104,8 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
     _check(config, paths, out)
     started = time.perf_counter()
     seconds = {}
-    tokenizer_json = None if config.tokenizer is None else load_tokenizer(config.tokenizer, config.end_token)
+    given = config.tokenizer or config.extend_tokenizer
+    general = None if given is None else load_tokenizer(given, config.end_token)
     # Every path, before anything is read or written.
     group_bytes: dict[str, int] = {}
     for file in walk(paths, config.exclude):
@@ -110,14 +123,15 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
             os.fsync(sink.fileno())
         seconds["scan"] = time.perf_counter() - started
 
-        if tokenizer_json is None:
-            track.say("train tokenizer")
-            tokenizer_json = train_tokenizer(scan.sample.texts(), config.kind, config.vocab_size, config.special)
+        track.say("train tokenizer")
+        encoder = Encoder(_tokenizer(general, scan.sample, config), config.end_token)
+        rivals = _rivals(general, encoder, scan.sample, config)
         scan.sample.clear()
-        encoder = Encoder(tokenizer_json, config.end_token)
         seconds["tokenizer"] = time.perf_counter() - started - sum(seconds.values())
 
-        splits, unknown = _encode(track("encode", documents.read(Report())), scan, encoder, folder, config)
+        splits, unknown, held_out_text = _encode(
+            track("encode", documents.read(Report())), scan, encoder, folder, config
+        )
         write_synced(folder / "tokenizer.json", [encoder.json.encode()])
         manifest: dict[str, Any] = {
             "format": MANIFEST_FORMAT,
@@ -133,6 +147,8 @@ def prepare(paths: Sequence[Path], out: Path, config: PrepareConfig, progress: P
                 "duplicate_documents": scan.decisions.count(_DUPLICATE),
                 "unknown_tokens": unknown,
                 "held_out_folders": sorted(map(printable, held_out)),
+                "added_tokens": 0 if general is None else len(new_tokens(general, encoder.json)),
+                "bytes_per_token": {name: bytes_per_token(rival, held_out_text) for name, rival in rivals.items()},
             },
             "options": {
                 "paths": [printable(path) for path in paths],
@@ -204,7 +220,7 @@ def _scan(segments: Iterator[Segment], config: PrepareConfig, held_out: frozense
     nearest = (2**64, -1)  # (hash, document) of the training document that is next to be held out
     document = blake2b(digest_size=16)
     pending = Sample(config.tokenizer_bytes, sample_key)
-    training = config.tokenizer is None
+    training = config.tokenizer is None or _compares(config)
     for segment in segments:
         data = segment.text.encode()
         document.update(data)
@@ -277,26 +293,56 @@ def _keyed_hash(data: bytes, key: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8, key=key).digest(), "little")
 
 
+# Tokenizers
+
+
+def _compares(config: PrepareConfig) -> bool:
+    given = config.tokenizer is not None or config.extend_tokenizer is not None
+    return given and config.compare_tokenizers and config.validation_fraction > 0
+
+
+def _tokenizer(general: str | None, sample: Sample, config: PrepareConfig) -> str:
+    if general is None:
+        return train_tokenizer(sample.texts(), config.kind, config.vocab_size, config.special)
+    if config.extend_tokenizer is not None:
+        return extend_tokenizer(general, sample.texts(), config.add_tokens)
+    return general
+
+
+def _rivals(general: str | None, encoder: Encoder, sample: Sample, config: PrepareConfig) -> dict[str, Encoder]:
+    """The tokenizers to compare where one is given: itself, the extended one, and one of one's own of the same size."""
+    if general is None or not _compares(config):
+        return {}
+    own = own_tokenizer(encoder, sample.texts())
+    extended = {} if config.extend_tokenizer is None else {"extended": encoder}
+    return {"general": Encoder(general, config.end_token), **extended, **({} if own is None else {"own": own})}
+
+
 # Second reading
 
 
 def _encode(
     segments: Iterator[Segment], scan: _Scan, encoder: Encoder, folder: Path, config: PrepareConfig
-) -> tuple[dict[str, Any], int]:
-    """Returns the manifest's splits and the number of unknown tokens."""
+) -> tuple[dict[str, Any], int, list[str]]:
+    """Returns the manifest's splits, the number of unknown tokens, and the first of the held-out text."""
     max_shard_bytes = int(config.max_shard_mb * (1 << 20))
     names = [TRAIN, *([VALIDATION] if scan.decisions.count(_TO_VALIDATION) else [])]
     writers = [SplitWriter(folder, name, encoder.vocab_size, encoder.hash, max_shard_bytes) for name in names]
     unknown = 0
     n_bytes = 0  # of the current document, so far
+    held_out: list[str] = []
+    room = COMPARED_CHARACTERS
 
     def flush(batch: list[tuple[SplitWriter, str, bool]]) -> None:
-        nonlocal unknown, n_bytes
+        nonlocal unknown, n_bytes, room
         for (writer, text, last), tokens in zip(batch, encoder.encode([text for _, text, _ in batch]), strict=True):
             if encoder.unknown_id is not None:
                 unknown += int((tokens == encoder.unknown_id).sum())
             writer.write(tokens)
             n_bytes += len(text.encode())
+            if writer.split == VALIDATION and room > 0:
+                held_out.append(text[:room])
+                room -= len(text)
             if last:
                 writer.write(end)
                 writer.end_document(n_bytes)
@@ -326,7 +372,7 @@ def _encode(
         flush(batch)
         if content.hexdigest() != scan.content:
             raise changed
-        return {writer.split: writer.finish() for writer in writers}, unknown
+        return {writer.split: writer.finish() for writer in writers}, unknown, held_out
     finally:
         for writer in writers:
             writer.close()
@@ -390,9 +436,14 @@ def _check(config: PrepareConfig, paths: Sequence[Path], out: Path) -> None:
         raise UserError(f"--max-shard-mb {config.max_shard_mb}: must be greater than 0")
     if config.tokenizer_bytes <= 0:
         raise UserError(f"--tokenizer-bytes {config.tokenizer_bytes}: must be greater than 0")
-    if config.tokenizer is not None and config.special != "causal":
-        raise UserError(f"--special {config.special}: only for a tokenizer that is trained, not with --tokenizer")
-    if config.tokenizer is None and config.end_token not in (None, END_TOKEN):
+    if config.tokenizer is not None and config.extend_tokenizer is not None:
+        raise UserError("--tokenizer and --extend-tokenizer are both given: give one of them")
+    if config.add_tokens <= 0:
+        raise UserError(f"--add-tokens {config.add_tokens}: must be greater than 0")
+    reused = config.tokenizer is not None or config.extend_tokenizer is not None
+    if reused and config.special != "causal":
+        raise UserError(f"--special {config.special}: only for a tokenizer that is trained, not for a reused one")
+    if not reused and config.end_token not in (None, END_TOKEN):
         raise UserError(f"--end-token {config.end_token}: only for a reused --tokenizer; a trained one has {END_TOKEN}")
     if out.is_dir():
         if any(out.iterdir()):

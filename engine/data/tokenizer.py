@@ -93,7 +93,7 @@ def train_tokenizer(
     else:
         raise UserError(f"tokenizer kind {kind!r}: expected bpe, wordpiece or unigram")
     try:
-        tokenizer.train_from_iterator(_cut_long_words(texts), trainer)
+        tokenizer.train_from_iterator(cut_long_words(texts), trainer)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"the {kind} tokenizer could not be trained: {error}") from error
     size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -123,7 +123,7 @@ def train_tokenizer(
     return json.dumps(described, indent=2, ensure_ascii=False)
 
 
-def _cut_long_words(texts: Iterable[str]) -> Iterator[str]:
+def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
     """The texts, cut so that no word is longer than `LONGEST_WORD`.
 
     The library's training takes time quadratic in the length of a word: 1.4 s for one of 64,000 characters, hours for

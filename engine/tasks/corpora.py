@@ -14,7 +14,7 @@ from hotloop.engine.data.packing import Packs
 from hotloop.engine.data.shards import Corpus, Split
 from hotloop.engine.data.tokenizer import tokenizer_hash
 from hotloop.engine.errors import UserError
-from hotloop.engine.initial import Initial, read_initial
+from hotloop.engine.initial import Initial, extended, read_initial
 from hotloop.engine.train.task import HeldOut
 
 VALIDATION = "validation"
@@ -53,6 +53,8 @@ class CorpusPlan:
         self.train = [opened[source.path] for source in sources]
         self.weights = [source.weight for source in sources] if data.sources else None
         self.general = opened[data.general] if data.general else None
+        if self.initial is not None and self.initial.tokenizer is not None:
+            self.initial = extended(self.initial, self.tokenizer_json)
         for corpus in opened.values():
             self._check_tokenizer(corpus)
         others = [corpus.identity()["corpus.json"] for path, corpus in opened.items() if path != own]

@@ -18,7 +18,7 @@ from hotloop.engine.data.tokenizer import (
     END_TOKEN,
     LONGEST_WORD,
     Encoder,
-    _cut_long_words,
+    cut_long_words,
     dtype_of,
     load_tokenizer,
     tokenizer_hash,
@@ -187,7 +187,7 @@ def test_a_vocabulary_too_small(kind, vocab_size):
 
 def test_long_words_are_cut_for_training_and_nothing_else_is():
     texts = ["", "some words", "a" * 5000 + " b", " " * 3000, "c" * LONGEST_WORD, "x" * (LONGEST_WORD - 1) + " y"]
-    pieces = list(_cut_long_words(texts))
+    pieces = list(cut_long_words(texts))
     assert "".join(pieces) == "".join(texts)
     assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) <= LONGEST_WORD
     assert [piece for piece in pieces if "a" not in piece and piece.strip() != ""] == [texts[1], texts[4], texts[5]]
