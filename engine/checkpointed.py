@@ -20,6 +20,9 @@ from hotloop.engine.train import checkpoint as checkpoints
 from hotloop.engine.train import precision
 from hotloop.engine.train.checkpoint import Checkpoint
 
+LABELS = "labels.json"
+"""What the folder of a classifier has instead of a corpus.json."""
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -39,6 +42,8 @@ def load_run(folder: Path | str, which: Literal["last", "best"] = "last", device
     config = folder / "config.toml"
     if not config.exists():
         raise UserError(f"{folder} is not a run of hotloop (no config.toml): give the folder that pretrain wrote")
+    if (folder / LABELS).exists():
+        raise UserError(f"{folder} is a classifier: use `hotloop predict`, or `hotloop eval --labelled`")
     recipe = from_dict(Recipe, load_toml(config), str(config))
     found, weights, notes = find_weights(folder / "checkpoints", which)
     tokenizer, hash_, end_id = _tokenizer(folder)

@@ -11,12 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from hotloop.engine.checkpointed import LABELS, find_weights
 from hotloop.engine.config import LabelsConfig, Recipe
 from hotloop.engine.data.examples import Frame, OnLong, Pieces, TextEncoder, in_order
+from hotloop.engine.data.tokenizer import tokenizer_hash
 from hotloop.engine.errors import UserError
 from hotloop.engine.model import Transformer
+from hotloop.engine.recipe import from_dict, load_toml
+from hotloop.engine.train import precision
 
-LABELS, RESULT = "labels.json", "result.json"
+RESULT = "result.json"
 TOKENS = 8192
 """Of a forward pass."""
 
@@ -92,10 +96,6 @@ def load_classifier(
     Of a folder of several seeds, the run that was best on validation. on_long none: as the run was trained. Raises
     UserError.
     """
-    from hotloop.engine.checkpointed import find_weights
-    from hotloop.engine.recipe import from_dict, load_toml
-    from hotloop.engine.train import precision
-
     folder = best_seed(Path(run))
     config = folder / "config.toml"
     if not config.exists():
@@ -134,8 +134,6 @@ def load_classifier(
 
 def read_described(folder: Path) -> dict[str, Any]:
     """labels.json of a run, the text of its tokenizer, and the threshold that it chose."""
-    from hotloop.engine.data.tokenizer import tokenizer_hash
-
     try:
         described = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")

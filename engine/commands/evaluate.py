@@ -61,8 +61,8 @@ class Evaluate:
     def __call__(self) -> int:
         if self.labelled:
             return self._classifier()
-        from hotloop.engine.checkpointed import load_run
-        from hotloop.engine.classifier import LABELS, best_seed
+        from hotloop.engine.checkpointed import LABELS, load_run
+        from hotloop.engine.classifier import best_seed
         from hotloop.engine.data.shards import Corpus
         from hotloop.engine.errors import UserError
         from hotloop.engine.train.evaluate import evaluate

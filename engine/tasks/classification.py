@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from hotloop.engine.classifier import LABELS, predict
+from hotloop.engine.checkpointed import LABELS
+from hotloop.engine.classifier import predict
 from hotloop.engine.config import Recipe
 from hotloop.engine.data.examples import ExampleSource, Frame, Pieces, TextEncoder
 from hotloop.engine.data.labelled import LabelledData, read_labelled

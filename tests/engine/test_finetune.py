@@ -433,6 +433,7 @@ def test_verbs_refuse_runs_of_another_kind(make, trained, corpus, recipe, tmp_pa
         (["finetune", "causal.toml", "--out", "new"], "finetune takes a recipe of objective 'classification'"),
         (["predict", "causal", str(table), "--out", "o.csv"], "is not a classifier"),
         (["eval", "causal", "--labelled", str(table)], "is not a classifier"),
+        (["generate", str(trained), "--prompt", "x"], "is a classifier: use `hotloop predict`"),
         (["eval", str(trained)], "is a classifier: give files of labelled texts with --labelled"),
         (["predict", str(trained), str(table), "--out", "exists.csv"], "exists.csv exists"),
         (["predict", str(trained), str(table), "--out", "o.txt"], "files of kind '.txt' are not written"),
