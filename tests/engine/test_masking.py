@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotloop.engine.config import MaskingConfig
-from hotloop.engine.data.batches import IGNORE_INDEX
+from hotloop.engine.data.batches import IGNORE_INDEX, Prefetcher
 from hotloop.engine.data.masked import MaskedSource, frame_of, framed
 from hotloop.engine.data.masking import Masking, Vocabulary
 from hotloop.engine.data.packing import Packs
@@ -276,6 +276,14 @@ def test_noise_does_not_depend_on_how_a_batch_is_cut(corpus, whole_words):
                 joined = np.concatenate([getattr(part, name).numpy() for part in parts])
                 assert (joined == getattr(whole, name).numpy()).all()
             assert all(part.n_supervised <= source.max_valid(micro_batch) for part in parts)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loop_gets_the_count_with_the_batches(corpus, workers):
+    source = source_of(corpus, whole_words=True)
+    with Prefetcher(source, 3, workers=workers, rank=1, world_size=2, micro_batch=2, stop_step=9) as prefetcher:
+        for step, batches in enumerate(prefetcher, 3):
+            assert prefetcher.n_supervised == source.n_supervised(step) > sum(b.n_supervised for b in batches)
 
 
 def test_each_epoch_and_each_seed_draws_anew(corpus):
