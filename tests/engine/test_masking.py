@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hotloop.engine.config import MaskingConfig
 from hotloop.engine.data.batches import IGNORE_INDEX, Prefetcher
-from hotloop.engine.data.masked import MaskedSource, frame_of, framed
+from hotloop.engine.data.masked import MaskedSource, frame_of, framed, hide
 from hotloop.engine.data.masking import Masking, Vocabulary
 from hotloop.engine.data.packing import Packs
 from hotloop.engine.data.prepare import PrepareConfig, prepare
@@ -301,6 +301,19 @@ def test_each_epoch_and_each_seed_draws_anew(corpus):
     assert sum(len(set(masks)) == len(masks) for masks in seen_twice) > 0.9 * len(seen_twice)
     (a,), (b,) = source.micro_batches(0), other.micro_batches(0)
     assert not (a.targets == b.targets).all()
+
+
+def test_documents_of_one_row_are_masked_independently(wordpiece):
+    """Draws are by the position in the row: the same place in two documents of a row is no more alike than in two rows."""
+    masking = Masking(MaskingConfig(rate=0.25), wordpiece, seed=0)
+    n_rows, n_pieces, length = 200, 4, 14
+    stored = np.full(n_rows * n_pieces * length, wordpiece.ordinary[0])
+    row = np.repeat(np.arange(n_rows), n_pieces)
+    keys = masking.keys(np.zeros(n_rows, int), np.zeros(n_rows, int), np.arange(n_rows))
+    _, _, masked = hide(stored, np.full(len(row), length), row, keys, masking, n_pieces * (length + 2))
+    hidden = masked.hidden.reshape(n_rows, n_pieces, length + 2)[:, :, 1:-1]
+    together = int((hidden[:, 0] & hidden[:, 1]).sum())
+    assert within(together, n_rows * length, 0.25**2)
 
 
 def test_text_without_any_maskable_token_supervises_nothing(tmp_path):
