@@ -304,7 +304,7 @@ def test_each_epoch_and_each_seed_draws_anew(corpus):
 
 
 def test_documents_of_one_row_are_masked_independently(wordpiece):
-    """Draws are by the position in the row: the same place in two documents of a row is no more alike than in two rows."""
+    """Draws are by the position in the row, not in the document."""
     masking = Masking(MaskingConfig(rate=0.25), wordpiece, seed=0)
     n_rows, n_pieces, length = 200, 4, 14
     stored = np.full(n_rows * n_pieces * length, wordpiece.ordinary[0])
