@@ -114,7 +114,7 @@ def test_an_exported_model_fills_masks_as_its_run_does(run, tmp_path):
     encoder = json.loads((tmp_path / "exported" / "config.json").read_text())
     encoder["architectures"] = ["ModernBertModel"]
     (tmp_path / "exported" / "config.json").write_text(json.dumps(encoder))
-    with pytest.raises(UserError, match="no head for masked language modelling|masked_head|not part"):
+    with pytest.raises(UserError, match="no head for masked language modelling"):
         MaskedModel.load(tmp_path / "exported")
 
 
