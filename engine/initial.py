@@ -25,7 +25,7 @@ from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint, read
 from hotloop.engine.pretrained.names import head_of, shapes
 from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, check_head, read_weights, wish
 from hotloop.engine.pretrained.special_tokens import SpecialTokens, read_special_tokens, vocabulary
-from hotloop.engine.recipe import differences, from_dict, load_toml, to_dict
+from hotloop.engine.recipe import from_dict, load_toml
 
 
 @dataclass(frozen=True)
@@ -96,26 +96,25 @@ def initial_of(recipe: Recipe, *, n_labels: int | None = 0, head: HeadWish | Non
                 f"{', '.join(alone)}: of a checkpoint, and initial.path is empty: set it, or leave this out"
             )
         return None
-    own = differences(to_dict(ModelConfig()), to_dict(recipe.model), "model.")
-    if own:
-        raise UserError(
-            f"initial.path = {wanted.path!r} and {'; '.join(own)}: the model is the checkpoint's, leave [model] out "
-            "(context, dropout, pooling and classifier_head may be set in [initial])"
-        )
+    for field in fields(ModelConfig):
+        if (value := getattr(recipe.model, field.name)) != field.default:
+            raise UserError(
+                f"model.{field.name} = {value}: with initial.path the model is the checkpoint's; leave [model] out "
+                "(context, dropout, pooling and classifier_head may be set in [initial])"
+            )
     initial = read_initial(
         wanted.path, n_labels=n_labels, head=head, classifier_head=wanted.classifier_head, pooling=wanted.pooling
     )
     if wanted.context is not None:
-        initial = with_context(initial, wanted.context)
+        initial = _shortened(initial, wanted.context)
     if wanted.dropout is not None:
         initial = replace(initial, config=replace(initial.config, dropout=wanted.dropout))
     return initial
 
 
-def with_context(initial: Initial, context: int) -> Initial:
-    """The same for shorter sequences. Raises UserError for longer ones."""
+def _shortened(initial: Initial, context: int) -> Initial:
     if context > initial.config.context:
-        raise UserError(f"initial.context = {context}: {initial.source} has seen no more than {initial.config.context}")
+        raise UserError(f"initial.context = {context}: longer than that of {initial.source} ({initial.config.context})")
     state, positions = dict(initial.state), "position_embedding.weight"
     if positions in state:
         state[positions] = state[positions][:context]

@@ -90,6 +90,7 @@ def write_pretrained(
         for file, text in files.items():
             (aside / file).write_text(text, encoding="utf-8")
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / WEIGHTS).chmod((aside / CONFIG).stat().st_mode)  # the library leaves it to its owner alone
         fsync_folder(aside)
         aside.rename(folder)  # replaces an empty folder, fails on any other
     except OSError as error:

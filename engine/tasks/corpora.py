@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from hotloop.engine.config import ModelConfig, Recipe, SourceConfig
+from hotloop.engine.config import Recipe, SourceConfig
 from hotloop.engine.data.evaluation import evaluation_documents
 from hotloop.engine.data.packing import Packs
 from hotloop.engine.data.shards import Corpus, Split
 from hotloop.engine.data.tokenizer import tokenizer_hash
 from hotloop.engine.errors import UserError
-from hotloop.engine.initial import Initial, extended, read_initial
+from hotloop.engine.initial import extended, initial_of
 from hotloop.engine.train.task import HeldOut
 
 VALIDATION = "validation"
@@ -45,7 +45,7 @@ class CorpusPlan:
 
     def __init__(self, recipe: Recipe):
         data = recipe.data
-        self.initial = read_initial(recipe.initial.path, head=self.head) if recipe.initial.path else None
+        self.initial = initial_of(recipe, head=self.head)
         sources = data.sources or (SourceConfig(data.path),)
         own = data.path or sources[0].path
         opened = {path: Corpus(path) for path in dict.fromkeys([own, *(s.path for s in sources), data.general]) if path}
@@ -100,11 +100,12 @@ class CorpusPlan:
                 )
             model, context = replace(model, vocab_size=size), data.context or model.context
         else:
-            model = begin_with(self.initial, recipe)
-            context = data.context or recipe.initial.context or model.context
+            model = self.initial.config
+            context = data.context or model.context
             if context > model.context:
-                name = "data.context" if data.context else "initial.context"
-                raise UserError(f"{name} = {context}: longer than that of {self.initial.source} ({model.context})")
+                raise UserError(
+                    f"data.context = {context}: longer than that of {self.initial.source} ({model.context})"
+                )
         return replace(recipe, data=replace(data, path=str(self.corpus.folder), context=context), model=model)
 
     def _check_tokenizer(self, corpus: Corpus) -> None:
@@ -143,18 +144,6 @@ class CorpusPlan:
                 evaluation_documents(corpus.split(VALIDATION), recipe.evaluation.max_bytes, recipe.train.seed)
             except UserError as error:
                 raise UserError(f"evaluation.max_bytes = {recipe.evaluation.max_bytes}: {error}") from error
-
-
-def begin_with(initial: Initial, recipe: Recipe) -> ModelConfig:
-    """The checkpoint's configuration, with the recipe's dropout. Raises UserError for a section [model]."""
-    for field in fields(ModelConfig):
-        if (value := getattr(recipe.model, field.name)) != field.default:
-            raise UserError(
-                f"model.{field.name} = {value}: with initial.path the model is the checkpoint's; leave [model] out "
-                "(initial.context and initial.dropout may be set)"
-            )
-    dropout = recipe.initial.dropout
-    return initial.config if dropout is None else replace(initial.config, dropout=dropout)
 
 
 def describe_packs(plan: CorpusPlan, packs: list[Packs]) -> str:

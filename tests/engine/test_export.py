@@ -31,6 +31,7 @@ def test_a_run(recipe, tmp_path, capsys, fields, name):
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     assert f"{name} (" in capsys.readouterr().out
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(peer).__name__ == name
     trained = load_run(tmp_path / "run", device="cpu")

@@ -135,7 +135,7 @@ def test_a_recipe_asks_for_it(folders):
     recipe = replace(Recipe(), initial=InitialConfig(path=str(folders["BertModel"]), context=20, dropout=0.25))
     initial = initial_of(recipe, n_labels=4)
     assert (initial.config.context, initial.config.dropout) == (20, 0.25)
-    assert initial.config.classifier_head == "bert"
+    assert (initial.config.classifier_head, initial.config.n_labels) == ("bert", 4)
     short, whole = Transformer(initial.config).initialize(0).eval(), read_initial(folders["BertModel"], n_labels=4)
     short.load_initial(initial.state)
     long = Transformer(whole.config).initialize(0).eval()
@@ -148,9 +148,9 @@ def test_a_recipe_asks_for_it(folders):
         with pytest.raises(UserError, match=words):
             initial_of(replace(Recipe(), initial=initial, model=model or ModelConfig()))
 
-    refused("initial.context = 64: .* no more than 32", replace(recipe.initial, context=64))
+    refused(r"initial.context = 64: longer than that of .*32", replace(recipe.initial, context=64))
     refused("initial.dropout: of a checkpoint, and initial.path is empty", InitialConfig(dropout=0.1))
-    refused(r"model.d_model: 384 -> 32.*leave \[model\] out", recipe.initial, ModelConfig(d_model=32))
+    refused(r"model.d_model = 32: with initial.path .*leave \[model\] out", recipe.initial, ModelConfig(d_model=32))
 
 
 def test_a_run_is_a_checkpoint_too(recipe, tmp_path):
