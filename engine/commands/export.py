@@ -27,15 +27,18 @@ class Export:
     """Folder of a run, or of a checkpoint with config.json."""
     out: Path
     """Folder to write; must not exist, or be empty."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Of a run: the newest one, or the one with the lowest held-out loss."""
+    checkpoint: Literal["last", "best"] | None = None
+    """Of a run: the newest one, or the one that held-out texts judged best; none: best of a classifier, else last."""
 
     def __call__(self) -> int:
         """Raises UserError for what cannot be read or written."""
+        from hotloop.engine.classifier import LABELS, best_seed
         from hotloop.engine.initial import read_initial
         from hotloop.engine.pretrained.write import write_pretrained
 
-        initial = read_initial(self.model, n_labels=None, which=self.checkpoint)
+        folder = best_seed(self.model)
+        which = self.checkpoint or ("best" if (folder / LABELS).exists() else "last")
+        initial = read_initial(folder, n_labels=None, which=which)
         written = write_pretrained(
             initial.config, initial.state, self.out, tokenizer=initial.tokenizer, special=initial.special,
             labels=initial.labels, multi_label=initial.multi_label,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from hotloop.engine.pretrained.files import CONFIG, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, read_json
 
@@ -77,7 +77,13 @@ def settings_of(special: SpecialTokens, causal: bool) -> dict[str, Any]:
 
 
 def tokenizer_files(tokenizer_json: str, special: SpecialTokens, *, context: int, causal: bool) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the ids that the model has seen."""
+    """tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the ids that the model has seen.
+
+    An encoder's texts stand between [CLS] and [SEP]: where its tokenizer leaves that to others, it does it from now on.
+    """
+    described = json.loads(tokenizer_json)
+    if not causal and special.cls is not None and special.sep is not None and described.get("post_processor") is None:
+        described["post_processor"] = _frame(Tokenizer.from_str(tokenizer_json), special.cls, special.sep)
     names = {number: token for token, number in vocabulary(tokenizer_json).items()}
     roles = {
         "cls": special.cls, "sep": special.sep, "mask": special.mask, "pad": special.pad, "unk": special.unk,
@@ -89,9 +95,19 @@ def tokenizer_files(tokenizer_json: str, special: SpecialTokens, *, context: int
         **{f"{role}_token": names[number] for role, number in roles.items() if number in names},
     }  # fmt: skip
     return {
-        TOKENIZER: tokenizer_json,
+        TOKENIZER: json.dumps(described, indent=2, ensure_ascii=False),
         TOKENIZER_CONFIG: json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
     }
+
+
+def _frame(tokenizer: Tokenizer, cls: int, sep: int) -> dict[str, Any]:
+    begin, end = tokenizer.id_to_token(cls), tokenizer.id_to_token(sep)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[begin, "$A", end],
+        pair=[begin, "$A", end, "$B:1", f"{end}:1"],
+        special_tokens=[(begin, cls), (end, sep)],
+    )
+    return json.loads(tokenizer.to_str())["post_processor"]
 
 
 def _first(special: SpecialTokens, causal: bool) -> int | None:

@@ -10,10 +10,14 @@ import transformers
 from tokenizers import Tokenizer
 
 from hotloop.engine.checkpointed import load_run
+from hotloop.engine.classifier import load_classifier
 from hotloop.engine.commands.main import BAD_INPUT, main
+from hotloop.engine.config import Recipe
 from hotloop.engine.data.tokenizer import train_tokenizer
 from hotloop.engine.initial import read_initial
 from hotloop.engine.model import Transformer
+from hotloop.engine.recipe import from_dict
+from hotloop.engine.train.finetune import finetune
 from hotloop.engine.train.pretrain import pretrain
 
 
@@ -44,6 +48,33 @@ def test_a_run(recipe, tmp_path, capsys, fields, name):
     tokens = torch.tensor([[trained.end_id, *ids]])
     with torch.no_grad():
         torch.testing.assert_close(peer(tokens).logits, trained.model.logits(tokens), rtol=0, atol=1e-5)
+
+
+def test_a_classifier_that_was_tuned_here(tiny_bert, labelled_rows, tmp_path):
+    """Its classes by name, its texts framed as in training, its probabilities."""
+    rows = "".join(json.dumps(row) + "\n" for row in labelled_rows)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = from_dict(
+        Recipe,
+        {
+            "objective": "classification",
+            "initial": {"path": str(tiny_bert)},  # its own pooler and classifier, which transformers has too
+            "labels": {"train": [str(tmp_path / "rows.jsonl")], "budget": 120, "baselines": False},
+            "train": {"steps": 2, "global_batch": 12, "micro_batch": 12, "precision": "fp32", "device": "cpu"},
+            "log": {"tensorboard": False},
+        },
+    )
+    finetune(recipe, tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert peer.config.id2label == {0: "negative", 1: "neutral", 2: "positive"}
+    texts = [row["text"] for row in labelled_rows[:5]]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        found = peer(**batch).logits.softmax(-1)
+    expected = load_classifier(tmp_path / "run", device="cpu").probabilities(texts, texts)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-5)
 
 
 def checkpoint(folder, name: str, **changes: object) -> transformers.PreTrainedModel:
