@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hotloop.engine.config import ModelConfig
 from hotloop.engine.errors import UserError
-from hotloop.engine.model import Transformer
+from hotloop.engine.model import Transformer, head_dimension
 from hotloop.engine.pretrained.families import FAMILIES, Family
 from hotloop.engine.pretrained.files import CONFIG, read_json, read_tensors
 from hotloop.engine.pretrained.names import Entry, entries, head_names, shapes
@@ -65,6 +65,8 @@ def read_weights(
         raise UserError(f"{folder / CONFIG}: field {error} is missing") from error
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    if head_dimension(config) % 8:
+        raise UserError(f"{folder}: heads of {head_dimension(config)}: the attention kernels need a multiple of 8")
     check_head(folder, values["model_type"], config.causal, head)
     has = _head_of(folder, values, family, theirs)
     labels = _labels(values) if has == "classifier" else ()
