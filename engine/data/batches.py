@@ -266,7 +266,8 @@ class Prefetcher:
 
     `workers` threads assemble up to `ahead` steps in advance (numpy releases the interpreter while it gathers); with 0
     the loop assembles. What comes out is the same. An exception of a worker is raised by `next` at its step.
-    `wait_seconds` is how long the last `next` took: the time that the step waited for data.
+    `wait_seconds` is how long the last `next` took: the time that the step waited for data; `n_supervised` is that of
+    its global batch.
     """
 
     def __init__(
@@ -289,9 +290,10 @@ class Prefetcher:
         self._next_step, self._stop_step = start_step, stop_step
         self._ahead = ahead if ahead is not None else 2 * workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="hotloop-data") if workers else None
-        self._pending: deque[Future[list[Batch]]] = deque()
+        self._pending: deque[Future[tuple[list[Batch], float]]] = deque()
         self._submitted = start_step
         self._closed = False
+        self.n_supervised = 0.0
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
         self._fill()
@@ -305,10 +307,10 @@ class Prefetcher:
         started = time.perf_counter()
         try:
             if self._pool is None:
-                batches = self._assemble(self._next_step)
+                batches, self.n_supervised = self._assemble(self._next_step)
             else:
                 self._fill()
-                batches = self._pending.popleft().result()
+                batches, self.n_supervised = self._pending.popleft().result()
         except BaseException:
             self.close()
             raise
@@ -340,6 +342,7 @@ class Prefetcher:
             self._pending.append(self._pool.submit(self._assemble, self._submitted))
             self._submitted += 1
 
-    def _assemble(self, step: int) -> list[Batch]:
+    def _assemble(self, step: int) -> tuple[list[Batch], float]:
         batches = self._source.micro_batches(step, self._rank, self._world_size, self._micro_batch)
-        return [batch.pin_memory() if self._pin_memory else batch for batch in batches]
+        pinned = [batch.pin_memory() if self._pin_memory else batch for batch in batches]
+        return pinned, self._source.n_supervised(step)

@@ -32,9 +32,10 @@ class Judged:
         return self.own.loss
 
     def to_dict(self) -> dict[str, float | int]:
-        general = {f"general_{name}": value for name, value in self.general.to_dict().items()}
-        seconds = self.own.to_dict()["seconds"] + general.pop("general_seconds")
-        return {**self.own.to_dict(), **general, "seconds": seconds}
+        own, general = self.own.to_dict(), self.general.to_dict()
+        seconds = own["seconds"] + (0 if self.general is self.own else general["seconds"])
+        named = {f"general_{name}": value for name, value in general.items() if name != "seconds"}
+        return {**own, **named, "seconds": seconds}
 
 
 class CorpusPlan:

@@ -88,8 +88,7 @@ class Run:
             self._judge()
         clock = time.perf_counter()
         while t.step < r.train.steps:
-            batches, data_wait = self._next_batches()
-            n_supervised = self.task.source.n_supervised(t.step + t.data_offset)
+            batches, n_supervised, data_wait = self._next_batches()
             lr = learning_rate(r.optimizer, r.schedule, t.step, r.train.steps)
             try:
                 self._seed_step()
@@ -142,8 +141,9 @@ class Run:
 
     # Data -----------------------------------------------------------------------------------------------------------
 
-    def _next_batches(self) -> tuple[Sequence[Batch], float]:
-        """This rank's micro-batches of the next global batch, and the seconds the loop waited for them."""
+    def _next_batches(self) -> tuple[Sequence[Batch], float, float]:
+        """This rank's micro-batches of the next global batch, what all of it supervises, and the seconds the loop
+        waited for them."""
         if self.prefetcher is None:
             self.prefetcher = Prefetcher(
                 self.task.source, self.training.step + self.training.data_offset, rank=self.ranks.rank,
@@ -151,7 +151,7 @@ class Run:
                 pin_memory=self.ranks.device.type == "cuda",
             )  # fmt: skip
         batches = next(self.prefetcher)
-        return batches, self.prefetcher.wait_seconds
+        return batches, self.prefetcher.n_supervised, self.prefetcher.wait_seconds
 
     def _restart_data(self) -> None:
         if self.prefetcher is not None:

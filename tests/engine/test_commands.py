@@ -591,6 +591,7 @@ def test_help_explains_every_field_of_a_recipe(hotloop: Hotloop):
                 default, meaning = explained.pop(f"{part.name}.{field.name}")
                 assert meaning, f"{part.name}.{field.name} has no explanation"
                 value = getattr(values, field.name)
+                value = list(value) if isinstance(value, tuple) else value
                 assert default.strip('"').lower() == str(value).lower() or float(default) == value
     assert explained == {}
     assert "objective" in out

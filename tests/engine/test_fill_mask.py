@@ -11,6 +11,7 @@ import torch
 from hotloop.engine.commands.main import BAD_INPUT, main
 from hotloop.engine.config import Recipe
 from hotloop.engine.data.prepare import PrepareConfig, prepare
+from hotloop.engine.errors import UserError
 from hotloop.engine.fill_mask import MaskedModel
 from hotloop.engine.recipe import from_dict
 from hotloop.engine.train.pretrain import pretrain
@@ -35,14 +36,8 @@ def run(request, tmp_path_factory) -> Path:
         "objective": "masked",
         "data": {"path": str(folder / "corpus"), "workers": 0},
         "model": {
-            "context": 16,
-            "n_layers": 2,
-            "d_model": 64,
-            "n_heads": 4,
-            "head": "masked",
-            "causal": False,
-            "positions": "learned",
-            "norm": "layer",
+            "context": 16, "n_layers": 2, "d_model": 64, "n_heads": 4, "norm": "layer", "activation": "geglu",
+            "embedding_norm": True, "head": "masked", "causal": False,
         },
         "masking": {"rate": 0.3},
         "optimizer": {"lr": 3e-3, "weight_decay": 0.0},
@@ -50,7 +45,7 @@ def run(request, tmp_path_factory) -> Path:
         "train": {"steps": 250, "global_batch": 16, "micro_batch": 16, "precision": "fp32", "device": "cpu"},
         "evaluation": {"every": 250},
         "log": {"every": 60, "tensorboard": False},
-    }
+    }  # fmt: skip
     pretrain(from_dict(Recipe, values), folder / "run")
     torch.set_num_threads(threads)
     return folder / "run"
@@ -87,7 +82,7 @@ def test_fill_mask_prints_a_line_a_token(run, capsys):
     assert lines[0] == "--- [MASK] 1 of 2 ---"
     assert lines[1].split()[1] == "loss"
     assert len(lines) == 6
-    assert main(["fill-mask", str(run), "the [MASK] falls", "--json"]) == 0
+    assert main(["fill-mask", str(run), "the [MASK] falls with every step 7", "--json"]) == 0
     ((best, *rest),) = json.loads(capsys.readouterr().out)
     assert best["token"].strip() == "loss"
     assert len(rest) == 4
@@ -106,6 +101,21 @@ def test_eval_of_a_masked_run(run, capsys):
     assert main(["eval", str(run), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert {**again, "seconds": 0} == {**sampled, "seconds": 0}
+
+
+def test_an_exported_model_fills_masks_as_its_run_does(run, tmp_path):
+    assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
+    text = "the [MASK] falls with every [MASK]"
+    for here, there in zip(
+        MaskedModel.load(run).fill(text), MaskedModel.load(tmp_path / "exported").fill(text), strict=True
+    ):
+        assert [one.id for one in here] == [one.id for one in there]
+        assert [one.probability for one in here] == pytest.approx([one.probability for one in there], rel=1e-5)
+    encoder = json.loads((tmp_path / "exported" / "config.json").read_text())
+    encoder["architectures"] = ["ModernBertModel"]
+    (tmp_path / "exported" / "config.json").write_text(json.dumps(encoder))
+    with pytest.raises(UserError, match="no head for masked language modelling"):
+        MaskedModel.load(tmp_path / "exported")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotloop.engine.config import MaskingConfig
-from hotloop.engine.data.batches import IGNORE_INDEX
-from hotloop.engine.data.masked import MaskedSource, frame_of, framed
+from hotloop.engine.data.batches import IGNORE_INDEX, Prefetcher
+from hotloop.engine.data.masked import MaskedSource, frame_of, framed, hide
 from hotloop.engine.data.masking import Masking, Vocabulary
 from hotloop.engine.data.packing import Packs
 from hotloop.engine.data.prepare import PrepareConfig, prepare
@@ -278,6 +278,14 @@ def test_noise_does_not_depend_on_how_a_batch_is_cut(corpus, whole_words):
             assert all(part.n_supervised <= source.max_valid(micro_batch) for part in parts)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loop_gets_the_count_with_the_batches(corpus, workers):
+    source = source_of(corpus, whole_words=True)
+    with Prefetcher(source, 3, workers=workers, rank=1, world_size=2, micro_batch=2, stop_step=9) as prefetcher:
+        for step, batches in enumerate(prefetcher, 3):
+            assert prefetcher.n_supervised == source.n_supervised(step) > sum(b.n_supervised for b in batches)
+
+
 def test_each_epoch_and_each_seed_draws_anew(corpus):
     source, again, other = source_of(corpus), source_of(corpus), source_of(corpus, seed=1)
     n_packs = source.packs[0].n_packs
@@ -293,6 +301,19 @@ def test_each_epoch_and_each_seed_draws_anew(corpus):
     assert sum(len(set(masks)) == len(masks) for masks in seen_twice) > 0.9 * len(seen_twice)
     (a,), (b,) = source.micro_batches(0), other.micro_batches(0)
     assert not (a.targets == b.targets).all()
+
+
+def test_documents_of_one_row_are_masked_independently(wordpiece):
+    """Draws are by the position in the row, not in the document."""
+    masking = Masking(MaskingConfig(rate=0.25), wordpiece, seed=0)
+    n_rows, n_pieces, length = 200, 4, 14
+    stored = np.full(n_rows * n_pieces * length, wordpiece.ordinary[0])
+    row = np.repeat(np.arange(n_rows), n_pieces)
+    keys = masking.keys(np.zeros(n_rows, int), np.zeros(n_rows, int), np.arange(n_rows))
+    _, _, masked = hide(stored, np.full(len(row), length), row, keys, masking, n_pieces * (length + 2))
+    hidden = masked.hidden.reshape(n_rows, n_pieces, length + 2)[:, :, 1:-1]
+    together = int((hidden[:, 0] & hidden[:, 1]).sum())
+    assert within(together, n_rows * length, 0.25**2)
 
 
 def test_text_without_any_maskable_token_supervises_nothing(tmp_path):
