@@ -164,6 +164,8 @@ def test_empty_segments_contribute_nothing():
 
 
 def test_compiled_equals_eager():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = Transformer(BERT).initialize(0)
     data = source(False, True, steps=6)
     eager = ClassificationObjective(model, WEIGHTS)
@@ -180,7 +182,7 @@ def test_compiled_equals_eager():
         a = torch.autograd.grad(eager(*arguments), model.classifier.out.weight)[0]
         b = torch.autograd.grad(compiled(*arguments), model.classifier.out.weight)[0]
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # batches of a run have one shape
 
 
 RANKS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -372,6 +373,16 @@ def test_bad_input_is_one_line_and_leaves_no_folder(make, tmp_path, sections, me
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(make, tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    tokenizer = json.loads((tmp_path / "bert/tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["unheard"] = 200
+    (tmp_path / "bert/tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"tokenizer.json has 201 entries, but the embedding has 200 rows"):
+        finetune(make(initial={"path": str(tmp_path / "bert")}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
