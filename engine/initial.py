@@ -24,8 +24,8 @@ from hotloop.engine.errors import UserError
 from hotloop.engine.pretrained.files import CONFIG, TOKENIZER, fingerprint, read_json
 from hotloop.engine.pretrained.names import head_of, shapes
 from hotloop.engine.pretrained.read import ClassifierHead, HeadWish, Pooling, check_head, read_weights, wish
+from hotloop.engine.pretrained.special_tokens import SpecialTokens, read_special_tokens, vocabulary
 from hotloop.engine.recipe import differences, from_dict, load_toml, to_dict
-from hotloop.engine.special_tokens import SpecialTokens, read_special_tokens, vocabulary
 
 
 @dataclass(frozen=True)

@@ -37,22 +37,22 @@ def load_recipe(path: Path | str, overrides: typing.Sequence[str] = ()) -> Recip
 
     Raises RecipeError with the field, what was given and what is allowed.
     """
-    values = load_toml(path)
-    for override in overrides:
-        _apply_override(values, override)
-    recipe = from_dict(Recipe, values, where=f"recipe {path}")
+    recipe = from_dict(Recipe, load_toml(path, overrides), where=f"recipe {path}")
     check(recipe)
     return recipe
 
 
-def load_toml(path: Path | str) -> dict[str, Any]:
-    """Raises RecipeError for a file that cannot be read or is not TOML."""
+def load_toml(path: Path | str, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """Raises RecipeError for a file that cannot be read or is not TOML, and for an override that is none."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(values, override)
+    return values
 
 
 def check(recipe: Recipe) -> None:

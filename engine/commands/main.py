@@ -15,6 +15,7 @@ from types import FrameType
 
 import tyro
 
+from hotloop.engine.commands.compare import Compare
 from hotloop.engine.commands.demo import Demo
 from hotloop.engine.commands.doctor import Doctor
 from hotloop.engine.commands.evaluate import Evaluate
@@ -39,6 +40,7 @@ Train language models on your own documents.
   hotloop finetune recipes/labels.toml --out runs/l    labelled texts, checkpoint -> classifier, beside baselines
   hotloop predict runs/l texts.csv --out labels.csv    label and probabilities for each text
   hotloop eval runs/mine                               held-out loss, perplexity; accuracy of a classifier
+  hotloop compare recipes/compare.toml                 general, continued, from scratch, TF-IDF: points and costs
   hotloop export runs/mine --out exported/mine         a folder that `transformers` loads
   hotloop doctor                                       what this machine has, which backend serves each op
   hotloop tune attention                               measures launch configurations on this GPU
@@ -57,6 +59,7 @@ VERBS: dict[str, type[Callable[[], int]]] = {
     "fill-mask": FillMask,
     "finetune": Finetune,
     "predict": Predict,
+    "compare": Compare,
     "export": Export,
     "eval": Evaluate,
     "doctor": Doctor,

@@ -44,8 +44,8 @@ class Pretrain:
         from hotloop.engine.train.pretrain import pretrain
 
         recipe = load_recipe(self.recipe, self.set)
-        has_data = bool(recipe.data.path or recipe.data.sources)
-        if not has_data and recipe.objective != "classification":  # which `pretrain` refuses by its name
+        # `pretrain` refuses a classification by its name.
+        if not recipe.data.path and not recipe.data.sources and recipe.objective != "classification":
             raise UserError(f"recipe {self.recipe}: data.path is not set; give the folder that `hotloop prepare` wrote")
         folder = self.out or Path("runs") / self.recipe.stem
         try:

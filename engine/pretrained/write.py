@@ -19,7 +19,7 @@ from hotloop.engine.model import Transformer
 from hotloop.engine.pretrained.families import FAMILIES, Family
 from hotloop.engine.pretrained.files import CONFIG, WEIGHTS
 from hotloop.engine.pretrained.names import entries, head_of
-from hotloop.engine.special_tokens import SpecialTokens, settings_of, tokenizer_files
+from hotloop.engine.pretrained.special_tokens import SpecialTokens, settings_of, tokenizer_files
 
 
 @dataclass(frozen=True)

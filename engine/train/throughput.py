@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -71,7 +72,7 @@ def step_flops(
 
 
 class Throughput:
-    """Rates of a step, against the matmul peak of this machine that is measured once, here (about a second).
+    """Rates of a step, against the matmul peak of this machine, which the first one in a process measures (a second).
 
     `context` is the length of packs; tokens of all ranks are given, so the peak counts `world_size` times.
     """
@@ -86,7 +87,7 @@ class Throughput:
         world_size: int = 1,
     ):
         self.config, self.device, self.context, self.world_size = config, torch.device(device), context, world_size
-        self.peak = measure_matmul_peak(self.device, dtype)
+        self.peak = _peak(self.device, dtype, torch.get_num_threads())
 
     def of_step(
         self, seconds: float, *, tokens: int, supervised: float, positions: int, sum_squares: int | None = None
@@ -105,6 +106,11 @@ class Throughput:
             "mfu_palm": flops.palm / capacity,
             "memory_mb": memory_mb(self.device),
         }
+
+
+@cache
+def _peak(device: torch.device, dtype: torch.dtype, n_threads: int) -> Peak:
+    return measure_matmul_peak(device, dtype)
 
 
 @dataclass(frozen=True)

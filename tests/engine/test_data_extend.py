@@ -18,7 +18,7 @@ from hotloop.engine.data.tokenizer import train_tokenizer
 from hotloop.engine.errors import UserError
 from hotloop.engine.initial import Initial, extend_embeddings, read_initial
 from hotloop.engine.model import Transformer
-from hotloop.engine.special_tokens import SpecialTokens
+from hotloop.engine.pretrained.special_tokens import SpecialTokens
 
 GENERAL = [
     "the cat sat on the mat and the dog ran to the door of the house",

@@ -16,7 +16,7 @@ from hotloop.engine.config import InitialConfig, ModelConfig, Recipe
 from hotloop.engine.errors import UserError
 from hotloop.engine.initial import initial_of, read_initial
 from hotloop.engine.model import Transformer
-from hotloop.engine.special_tokens import SpecialTokens
+from hotloop.engine.pretrained.special_tokens import SpecialTokens
 from hotloop.engine.train.pretrain import pretrain
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "a", "b"]

@@ -25,7 +25,7 @@ from hotloop.engine.config import ModelConfig
 from hotloop.engine.errors import UserError
 from hotloop.engine.model import Transformer
 from hotloop.engine.pretrained import load_pretrained, save_pretrained
-from hotloop.engine.special_tokens import SpecialTokens
+from hotloop.engine.pretrained.special_tokens import SpecialTokens
 
 SIZES = {
     "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 72,
