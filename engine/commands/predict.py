@@ -27,7 +27,8 @@ class Predict:
 
     Rows of CSV, JSONL or Parquet files (or of those in a folder) keep their order and their columns, and get
     `predicted` and the probabilities behind them: probability_NAME for each class, in JSONL an object `probabilities`.
-    Files are read and written in pieces, so they may be larger than memory; the output appears when it is whole.
+    Files are read and written in pieces, so they may be larger than memory; the output appears when it is whole. A row
+    without text is an error that names it.
     """
 
     run: Annotated[Path, tyro.conf.Positional]

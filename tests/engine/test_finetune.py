@@ -219,6 +219,7 @@ def test_several_seeds_have_an_interval_and_share_nothing(make, tmp_path, capsys
             {"initial": {"path": "", "pooling": "none", "classifier_head": "none", "dropout": "none"}},
             "initial.path is not set",
         ),
+        ({"checkpoint": {"keep_best": 0}}, "checkpoint.keep_best = 0"),
         ({"model": {"n_layers": 3}}, "the model is the checkpoint's"),
         ({"data": {"path": "corpora/mine"}}, "texts are given by labels.train"),
         ({"initial": {"path": "no/such"}}, "no/such: no such folder"),
