@@ -41,8 +41,8 @@ class Predict:
     """Field that holds the text; none: as in training."""
     on_long: Literal["error", "truncate", "window"] | None = None
     """What becomes of texts longer than the model; none: as in training."""
-    checkpoint: Literal["last", "best"] = "best"
-    """The newest one, or the one that is best on validation."""
+    checkpoint: Literal["last", "best"] | None = None
+    """The newest one, or the one that is best on validation; none: best, and last where nothing was validated."""
 
     def __call__(self) -> int:
         from hotloop.engine.classifier import load_classifier

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hotloop.engine.classifier import RESULT, load_classifier, predict
+from hotloop.engine.classifier import RESULT, judged, load_classifier, predict
 from hotloop.engine.config import Recipe
 from hotloop.engine.errors import UserError
 from hotloop.engine.files import ASIDE, write_file
@@ -65,8 +65,8 @@ def judge(recipe: Recipe, plan: ClassificationPlan, folder: Path, known: dict[st
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     began = time.perf_counter()
-    which = "best" if recipe.evaluation.every else "last"
-    trained = load_classifier(folder, "best" if which == "best" else "last")
+    which = judged(folder)
+    trained = load_classifier(folder, which)
     data, classes, multi_label = plan.data, plan.data.classes, plan.data.multi_label
 
     def probabilities(split: str) -> np.ndarray:

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from hotloop.engine.classifier import load_classifier
 from hotloop.engine.commands.main import main
 from hotloop.engine.errors import UserError
 from hotloop.engine.recipe import to_toml
+from hotloop.engine.train.finetune import finetune
 from hotloop.engine.train.pretrain import pretrain
 
 
@@ -154,3 +156,35 @@ def raise_from_main(arguments: list[str]) -> None:
     from hotloop.engine.commands.main import run
 
     run(arguments)
+
+
+def test_the_judged_checkpoint_serves_and_is_exported(make, labelled_rows, tmp_path):
+    """By default: the best on validation; the last of a run that was never validated."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    finetune(make(evaluation={"every": 0}, train={"steps": 3}, labels={"baselines": False}), tmp_path / "unjudged")
+    assert load_classifier(tmp_path / "unjudged").step == 3
+    bert = {"pooling": "cls", "classifier_head": "bert"}  # as `transformers` has a classifier of this family
+    worse = {"kind": "constant", "warmup_steps": 24}  # up to a rate at which nothing is learnt
+    _, result = finetune(
+        make(
+            initial=bert,
+            train={"steps": 24},
+            optimizer={"lr": 0.2},
+            schedule=worse,
+            labels={"baselines": False, "best": "loss"},
+        ),
+        tmp_path / "run",
+    )
+    assert result is not None
+    assert result["step"] < 24
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 0
+    classifier = load_classifier(tmp_path / "run")
+    assert classifier.step == result["step"]
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert [theirs.config.id2label[i] for i in range(3)] == list(classifier.classes)
+    texts = [row["text"] for row in labelled_rows[:10]]
+    with torch.no_grad():
+        found = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits.softmax(-1).numpy()
+    assert np.abs(found - classifier.probabilities(texts, texts)).max() < 1e-5
