@@ -31,6 +31,8 @@ class Weights:
     """By our names, in the folder's dtype; what the folder lacks of a head that it does not have is absent."""
     labels: tuple[str, ...]
     """Names of the classes, where `state` has a classifier."""
+    multi_label: bool
+    """Whether any number of them fits a text."""
     dropped: tuple[str, ...]
     """Their names of the tensors of heads that were not asked for."""
 
@@ -107,7 +109,8 @@ def read_weights(
         raise UserError(
             f"{folder}: {len(unknown)} tensors are not of {values['model_type']} with these settings: {unknown[:5]}"
         )
-    return Weights(wanted, state, labels if wanted.n_labels and keeps_classes else (), dropped)
+    multi_label = keeps_classes and values.get("problem_type") == "multi_label_classification"
+    return Weights(wanted, state, labels if keeps_classes else (), multi_label, dropped)
 
 
 def wish(
