@@ -1,6 +1,7 @@
 """The engine: documents in, trained model out. See `hotloop --help`.
 
-`load_pretrained(folder)` and `save_pretrained(model, folder)` take GPT-2 and Llama checkpoints in and out.
+`load_pretrained(folder)` and `save_pretrained(model, folder)` take checkpoints of `transformers` in and out: GPT-2,
+Llama, Qwen2, Qwen3, BERT, ModernBERT.
 """
 
 from typing import TYPE_CHECKING

@@ -18,9 +18,11 @@ from hotloop.engine.data.tokenizer import tokenizer_hash
 from hotloop.engine.errors import UserError
 from hotloop.engine.model import Transformer
 from hotloop.engine.recipe import from_dict, load_toml
+from hotloop.engine.train import checkpoint as checkpoints
 from hotloop.engine.train import precision
 
 RESULT = "result.json"
+Which = Literal["last", "best"]
 TOKENS = 8192
 """Of a forward pass."""
 
@@ -86,14 +88,14 @@ def predict(
 
 def load_classifier(
     run: Path | str,
-    which: Literal["last", "best"] = "best",
+    which: Which | None = None,
     *,
     on_long: OnLong | None = None,
     device: str = "auto",
 ) -> Classifier:
-    """The checkpoint of a run of `hotloop finetune` that is best on validation, or its last one.
+    """A checkpoint of a run of `hotloop finetune`; which none: the one that was judged, the best on validation.
 
-    Of a folder of several seeds, the run that was best on validation. on_long none: as the run was trained. Raises
+    Of a folder of several seeds, the run that is best on validation. on_long none: as the run was trained. Raises
     UserError.
     """
     folder = best_seed(Path(run))
@@ -103,7 +105,7 @@ def load_classifier(
     if not (folder / LABELS).exists():
         raise UserError(f"{folder} is not a classifier (no {LABELS}): give the folder that `hotloop finetune` wrote")
     recipe = from_dict(Recipe, load_toml(config), str(config))
-    found, weights, notes = find_weights(folder / "checkpoints", which)
+    found, weights, notes = find_weights(folder / "checkpoints", which or judged(folder))
     described = read_described(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,3 +163,10 @@ def best_seed(folder: Path) -> Path:
         for path in sorted(folder.glob(f"seed-*/{RESULT}"))
     }
     return min(ranks, key=lambda run: ranks[run]) if ranks else folder
+
+
+def judged(run: Path) -> Which:
+    """Which of a classifier's checkpoints result.json is about; before there is one, the best where there is a best."""
+    if (run / RESULT).exists():
+        return json.loads((run / RESULT).read_text(encoding="utf-8"))["checkpoint"]
+    return "last" if checkpoints.best(run / "checkpoints") is None else "best"

@@ -81,7 +81,7 @@ def read_initial(
     special = _special_tokens(folder, tokenizer, weights.config)
     return Initial(
         weights.config, weights.state, tokenizer, special, fingerprint(folder), str(folder), weights.dropped,
-        weights.labels,
+        weights.labels, weights.multi_label,
     )  # fmt: skip
 
 

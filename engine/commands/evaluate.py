@@ -109,7 +109,7 @@ class Evaluate:
         from hotloop.engine.data.labelled import read_examples
         from hotloop.engine.report.scores import decide, negative_log_likelihood, score
 
-        trained = load_classifier(self.run, self.checkpoint or "best", on_long=self.on_long)
+        trained = load_classifier(self.run, self.checkpoint, on_long=self.on_long)
         for note in trained.notes:
             print(f"hotloop: {note}", file=sys.stderr)
         examples = read_examples(self.labelled, trained.labels, trained.classes)

@@ -28,19 +28,26 @@ class Export:
     out: Path
     """Folder to write; must not exist, or be empty."""
     checkpoint: Literal["last", "best"] | None = None
-    """Of a run: the newest one, or the one that held-out texts judged best; none: best of a classifier, else last."""
+    """Of a run: the newest one, or the one with the lowest held-out loss; none: last, and best of a classifier."""
 
     def __call__(self) -> int:
         """Raises UserError for what cannot be read or written."""
-        from hotloop.engine.classifier import LABELS, best_seed
+        from hotloop.engine.checkpointed import LABELS
+        from hotloop.engine.classifier import best_seed, judged, read_described
+        from hotloop.engine.data.examples import Frame, framing
         from hotloop.engine.initial import read_initial
         from hotloop.engine.pretrained.write import write_pretrained
 
         folder = best_seed(self.model)
-        which = self.checkpoint or ("best" if (folder / LABELS).exists() else "last")
+        is_classifier = (folder / LABELS).exists()
+        which = self.checkpoint or (judged(folder) if is_classifier else "last")
         initial = read_initial(folder, n_labels=None, which=which)
+        tokenizer = initial.tokenizer
+        if is_classifier and tokenizer is not None:
+            described = read_described(folder)
+            tokenizer = framing(tokenizer, Frame(tuple(described["before"]), tuple(described["after"])))
         written = write_pretrained(
-            initial.config, initial.state, self.out, tokenizer=initial.tokenizer, special=initial.special,
+            initial.config, initial.state, self.out, tokenizer=tokenizer, special=initial.special,
             labels=initial.labels, multi_label=initial.multi_label,
         )  # fmt: skip
         print(
@@ -50,5 +57,5 @@ class Export:
         if initial.dropped:
             print(f"left out, this model has no such head: {', '.join(initial.dropped)}")
         if initial.tokenizer is None:
-            print(f"{self.model} has no tokenizer.json: none is written")
+            print(f"{folder} has no tokenizer.json: none is written")
         return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from hotloop.engine.data.rows import Row
 
 ROWS_TOGETHER = 1024
+CHARACTERS_TOGETHER = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Predict:
 
     Rows of CSV, JSONL or Parquet files (or of those in a folder) keep their order and their columns, and get
     `predicted` and the probabilities behind them: probability_NAME for each class, in JSONL an object `probabilities`.
-    Files are read and written in pieces, so they may be larger than memory; the output appears when it is whole.
+    Files are read and written in pieces, so they may be larger than memory; the output appears when it is whole. A row
+    without text is an error that names it.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -40,8 +41,8 @@ class Predict:
     """Field that holds the text; none: as in training."""
     on_long: Literal["error", "truncate", "window"] | None = None
     """What becomes of texts longer than the model; none: as in training."""
-    checkpoint: Literal["last", "best"] = "best"
-    """The newest one, or the one that is best on validation."""
+    checkpoint: Literal["last", "best"] | None = None
+    """The newest one, or the one that is best on validation; none: best, and last where nothing was validated."""
 
     def __call__(self) -> int:
         from hotloop.engine.classifier import load_classifier
@@ -61,15 +62,24 @@ class Predict:
         with prediction_writer(
             self.out, trained.classes, trained.multi_label, trained.threshold, trained.labels.separator
         ) as writer:
-            for rows in chunks(read_rows(self.files), ROWS_TOGETHER):
-                texts = [row_text(row, field, "--text-field") for row in rows]
+            for rows, texts in chunks((row, row_text(row, field, "--text-field")) for row in read_rows(self.files)):
                 writer.write(rows, trained.probabilities(texts, [row.where for row in rows]))
                 count += len(rows)
         print(f"{self.out}: {count:,} rows, labelled by step {trained.step} of {trained.folder}")
         return 0
 
 
-def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, size)):
-        yield chunk
+def chunks(rows: Iterable[tuple[Row, str]]) -> Iterator[tuple[list[Row], list[str]]]:
+    """(rows, their texts), as many together as memory is meant for."""
+    together: list[Row] = []
+    texts: list[str] = []
+    characters = 0
+    for row, text in rows:
+        together.append(row)
+        texts.append(text)
+        characters += len(text)
+        if len(together) == ROWS_TOGETHER or characters >= CHARACTERS_TOGETHER:
+            yield together, texts
+            together, texts, characters = [], [], 0
+    if together:
+        yield together, texts

@@ -8,6 +8,7 @@ Letters: R rows, T tokens in a row, S segments of a batch, K labels.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -46,6 +47,30 @@ class Frame:
     def room(self, context: int) -> int:
         """Tokens of text in a piece of `context` tokens."""
         return context - len(self.before) - len(self.after)
+
+
+def framing(tokenizer_json: str, frame: Frame) -> str:
+    """The tokenizer, made to add the frame by itself where it does not: for libraries that read only its file."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    if tokenizer.encode("").ids == [*frame.before, *frame.after]:
+        return tokenizer_json
+
+    def part(token: int) -> dict[str, object]:
+        return {"SpecialToken": {"id": tokenizer.id_to_token(token), "type_id": 0}}
+
+    def text(name: str) -> dict[str, object]:
+        return {"Sequence": {"id": name, "type_id": 0}}
+
+    before, after = [part(token) for token in frame.before], [part(token) for token in frame.after]
+    names = {token: tokenizer.id_to_token(token) for token in (*frame.before, *frame.after)}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*before, text("A"), *after],
+        "pair": [*before, text("A"), *after, text("B"), *after],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for token, name in names.items()},
+    }
+    # Edited here and not by the library, whose reader rounds a unigram model's scores anew each time.
+    return json.dumps({**json.loads(tokenizer_json), "post_processor": template}, indent=2, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

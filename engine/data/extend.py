@@ -32,6 +32,7 @@ from hotloop.engine.errors import UserError
 MIN_COUNT = 2
 """A pair of pieces that occurs less often is chance."""
 ROUNDS = 8
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 MARGIN = 0.1
 """Nats by which a new unigram piece is likelier than the pieces it replaces."""
 
@@ -138,11 +139,13 @@ def _words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
 
 
 def _in_pieces(tokenizer: Tokenizer, words: Counter[str], unknown: int | None) -> Counter[tuple[str, ...]]:
-    """The pieces of each word that has several; an unknown one joins no other."""
+    """The pieces of each word that has several. What stands for an unknown character joins no other: decoders know
+    <0x..> by itself only."""
+    single = {i for token, i in tokenizer.get_vocab().items() if BYTE.fullmatch(token)} | {unknown}
     split: Counter[tuple[str, ...]] = Counter()
     for word, count in words.items():
         tokens = tokenizer.model.tokenize(word)
-        for known, run in groupby(tokens, key=lambda token: token.id != unknown):
+        for known, run in groupby(tokens, key=lambda token: token.id not in single):
             pieces = tuple(token.value for token in run)
             if known and len(pieces) > 1:
                 split[pieces] += count

@@ -136,14 +136,16 @@ def _parquet(file: File) -> Iterator[Row]:
 
 def _lines(file: File, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
     """(number from 1, line with its newline), without the byte-order mark."""
-    number, pending = 1, b""
+    number = 1
+    parts: list[bytes] = []  # of the line that is not whole yet
     while data := stream.read(CHUNK):
-        *whole, pending = (pending + data).split(b"\n")
-        for line in whole:
-            yield number, _decode(file, number, line + b"\n")
-            number += 1
-    if pending:
-        yield number, _decode(file, number, pending)
+        first, *following = data.split(b"\n")
+        parts.append(first)
+        for start in following:
+            yield number, _decode(file, number, b"".join([*parts, b"\n"]))
+            number, parts = number + 1, [start]
+    if any(parts):
+        yield number, _decode(file, number, b"".join(parts))
 
 
 def _decode(file: File, number: int, line: bytes) -> str:

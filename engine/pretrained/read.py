@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hotloop.engine.config import ModelConfig
 from hotloop.engine.errors import UserError
-from hotloop.engine.model import Transformer
+from hotloop.engine.model import Transformer, head_dimension
 from hotloop.engine.pretrained.families import FAMILIES, Family
 from hotloop.engine.pretrained.files import CONFIG, read_json, read_tensors
 from hotloop.engine.pretrained.names import Entry, entries, head_names, shapes
@@ -31,6 +31,8 @@ class Weights:
     """By our names, in the folder's dtype; what the folder lacks of a head that it does not have is absent."""
     labels: tuple[str, ...]
     """Names of the classes, where `state` has a classifier."""
+    multi_label: bool
+    """Whether any number of them fits a text."""
     dropped: tuple[str, ...]
     """Their names of the tensors of heads that were not asked for."""
 
@@ -65,6 +67,8 @@ def read_weights(
         raise UserError(f"{folder / CONFIG}: field {error} is missing") from error
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    if head_dimension(config) % 8:
+        raise UserError(f"{folder}: heads of {head_dimension(config)}: the attention kernels need a multiple of 8")
     check_head(folder, values["model_type"], config.causal, head)
     has = _head_of(folder, values, family, theirs)
     labels = _labels(values) if has == "classifier" else ()
@@ -105,7 +109,8 @@ def read_weights(
         raise UserError(
             f"{folder}: {len(unknown)} tensors are not of {values['model_type']} with these settings: {unknown[:5]}"
         )
-    return Weights(wanted, state, labels if wanted.n_labels and keeps_classes else (), dropped)
+    multi_label = keeps_classes and values.get("problem_type") == "multi_label_classification"
+    return Weights(wanted, state, labels if keeps_classes else (), multi_label, dropped)
 
 
 def wish(

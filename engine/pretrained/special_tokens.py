@@ -68,6 +68,12 @@ def read_special_tokens(folder: Path, ids: Mapping[str, int], vocab_size: int) -
     return SpecialTokens(**found, end=found["sep"] if end is None else end)
 
 
+def named_special_tokens(ids: Mapping[str, int]) -> SpecialTokens:
+    """Those of a vocabulary that have the usual names."""
+    found = {role: next((ids[name] for name in names if name in ids), None) for role, names in ROLES.items()}
+    return SpecialTokens(**{**found, "end": found["sep"] if found["end"] is None else found["end"]})
+
+
 def settings_of(special: SpecialTokens, causal: bool) -> dict[str, Any]:
     """The fields of config.json."""
     return {

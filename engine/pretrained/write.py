@@ -19,7 +19,13 @@ from hotloop.engine.model import Transformer
 from hotloop.engine.pretrained.families import FAMILIES, Family
 from hotloop.engine.pretrained.files import CONFIG, WEIGHTS
 from hotloop.engine.pretrained.names import entries, head_of
-from hotloop.engine.pretrained.special_tokens import SpecialTokens, settings_of, tokenizer_files
+from hotloop.engine.pretrained.special_tokens import (
+    SpecialTokens,
+    named_special_tokens,
+    settings_of,
+    tokenizer_files,
+    vocabulary,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ def save_pretrained(
 ) -> Written:
     """Write config.json and model.safetensors that `transformers` loads to equal logits.
 
-    tokenizer: a tokenizer.json to go beside them, by its path or as its text; special: its special tokens;
+    tokenizer: a tokenizer.json to go beside them, by its path or as its text; special: its special tokens (by
+    default those that have the usual names);
     labels: names of the classes, in order. The folder must not exist or be empty; it is assembled aside and renamed.
     Raises UserError for a configuration that no family covers, with each family's reason.
     """
@@ -73,7 +80,7 @@ def write_pretrained(
     head = FAMILIES[name].heads[kind]
     tensors = to_theirs(FAMILIES[name], kind, config, state)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    special = special or SpecialTokens()
+    special = special or named_special_tokens({} if tokenizer is None else vocabulary(tokenizer))
     values = {"architectures": [head.architectures[0]], **values, **settings_of(special, config.causal), "dtype": dtype}
     if config.n_labels:
         classes = list(labels) or [f"LABEL_{i}" for i in range(config.n_labels)]

@@ -65,6 +65,8 @@ class ClassificationPlan:
                 "data.path, data.sources and data.context are of documents: texts are given by labels.train, their "
                 "longest by initial.context"
             )
+        if recipe.evaluation.every and recipe.checkpoint.keep_best < 1:
+            raise UserError("checkpoint.keep_best = 0: the best checkpoint is the one that is judged, keep 1")
         self.data: LabelledData = read_labelled(recipe.labels)
         self.weights = class_weights(recipe, self.data)
         initial = initial_of(recipe, n_labels=len(self.data.classes), head="none")

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from hotloop.engine.classifier import RESULT, load_classifier, predict
+from hotloop.engine.classifier import RESULT, judged, load_classifier, predict
 from hotloop.engine.config import Recipe
 from hotloop.engine.errors import UserError
-from hotloop.engine.files import write_file
+from hotloop.engine.files import ASIDE, write_file
 from hotloop.engine.report.scores import (
     Interval,
     best_threshold,
@@ -65,8 +65,8 @@ def judge(recipe: Recipe, plan: ClassificationPlan, folder: Path, known: dict[st
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     began = time.perf_counter()
-    which = "best" if recipe.evaluation.every else "last"
-    trained = load_classifier(folder, "best" if which == "best" else "last")
+    which = judged(folder)
+    trained = load_classifier(folder, which)
     data, classes, multi_label = plan.data, plan.data.classes, plan.data.multi_label
 
     def probabilities(split: str) -> np.ndarray:
@@ -146,7 +146,7 @@ def finetune_seeds(recipe: Recipe, folder: Path, n: int) -> tuple[list[Outcome],
     """Runs folder/seed-0, folder/seed-1, ...; each is resumed or, where it has ended, read. Ends early on a signal."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("several seeds run one after the other in one process: start them without torchrun")
-    if folder.is_dir() and any(not entry.name.startswith(("seed-", "report.")) for entry in folder.iterdir()):
+    if folder.is_dir() and any(not entry.name.startswith(("seed-", "report.", ASIDE)) for entry in folder.iterdir()):
         raise UserError(f"{folder} holds something else than runs of several seeds: give another folder (--out)")
     outcomes: list[Outcome] = []
     results: list[dict[str, Any]] = []

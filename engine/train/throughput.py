@@ -36,26 +36,37 @@ class StepFlops:
 
 def matmul_parameters(config: ModelConfig) -> int:
     """N: weights that multiply every token. The head counts, tied or not; look-ups, norms and biases do not."""
-    if config.vocab_size is None:
-        raise ValueError("matmul_parameters needs config.vocab_size: got None, expected the tokenizer's size")
+    head = head_parameters(config)
     D, F = config.d_model, feed_forward_width(config)
     C = head_dimension(config)
     kv_heads = config.n_kv_heads or config.n_heads
     attention = 2 * D * C * (config.n_heads + kv_heads)
     feed_forward = (3 if config.activation in ("swiglu", "geglu") else 2) * D * F
-    head = config.vocab_size * D + (D * D if config.head == "masked" else 0)
-    if config.n_labels:  # one row a text, which is next to nothing
-        head = 0
     return config.n_layers * (attention + feed_forward) + head
 
 
+def head_parameters(config: ModelConfig) -> int:
+    """Of these the language model's head."""
+    if config.vocab_size is None:
+        raise ValueError("head_parameters needs config.vocab_size: got None, expected the tokenizer's size")
+    if config.n_labels:  # a classifier's is of one row a text, which is next to nothing
+        return 0
+    return config.vocab_size * config.d_model + (config.d_model**2 if config.head == "masked" else 0)
+
+
 def step_flops(
-    config: ModelConfig, tokens: int, *, context: int | None = None, sum_squares: int | None = None
+    config: ModelConfig,
+    tokens: int,
+    *,
+    context: int | None = None,
+    sum_squares: int | None = None,
+    head_tokens: int | None = None,
 ) -> StepFlops:
     """Model FLOPs of a forward and backward pass over `tokens` tokens without padding.
 
     context: T, the length of packs (default: the model's). sum_squares: the sum over the step's pieces of length^2
     (a piece is what attends within itself); without it each pack is taken as one piece of length T, an upper bound.
+    head_tokens: those that reach the head (of a masked model the hidden ones); by default all.
 
     With pairs = sum n^2, or sum n (n + 1) / 2 when causal: exact = 6 N tokens + 12 L Hq C pairs. A local layer has at
     most 2 local_window + 1 pairs a token, or local_window + 1.
@@ -63,7 +74,8 @@ def step_flops(
     T = config.context if context is None else context
     squares = tokens * T if sum_squares is None else sum_squares
     pairs = (squares + tokens) // 2 if config.causal else squares
-    dense = 6 * matmul_parameters(config) * tokens
+    idle = 0 if head_tokens is None else head_parameters(config) * (tokens - head_tokens)
+    dense = 6 * (matmul_parameters(config) * tokens - idle)
     n_local = sum(is_local(config, layer) for layer in range(config.n_layers))
     window = (config.local_window or 0) * (1 if config.causal else 2) + 1
     layer_pairs = (config.n_layers - n_local) * pairs + n_local * min(pairs, window * tokens)
@@ -94,7 +106,8 @@ class Throughput:
     ) -> dict[str, float]:
         """Fields of a train line. tokens, supervised, positions (tokens and padding) and sum_squares (see `step_flops`)
         are of the global batch. mfu is of the exact count, mfu_palm of the other."""
-        flops = step_flops(self.config, tokens, context=self.context, sum_squares=sum_squares)
+        head_tokens = int(supervised) if self.config.head == "masked" else None
+        flops = step_flops(self.config, tokens, context=self.context, sum_squares=sum_squares, head_tokens=head_tokens)
         capacity = seconds * self.peak.rate * self.world_size
         return {
             "tokens": tokens,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,59 @@ def labelled_rows() -> list[dict]:
         draw.shuffle(words)
         rows.setdefault(" ".join(words), {"id": len(rows), "text": " ".join(words), "label": label})
     return list(rows.values())
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[[Path, list[dict]], Path]:
+    """write_rows(path, rows): a JSONL file."""
+
+    def write(path: Path, rows: list[dict]) -> Path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make(tiny_bert, labelled_rows, write_rows, tmp_path_factory) -> Callable[..., Recipe]:
+    """make(**sections) -> a run of 12 steps; sections override fields."""
+    data = write_rows(tmp_path_factory.mktemp("labelled") / "rows.jsonl", labelled_rows)
+
+    def make(**sections: dict) -> Recipe:
+        values: dict = {
+            "objective": "classification",
+            "initial": {"path": str(tiny_bert), "pooling": "mean", "classifier_head": "linear", "dropout": 0.1},
+            "labels": {"train": [str(data)], "budget": 120, "validation_fraction": 0.2},
+            "data": {"workers": 0},
+            "optimizer": {"lr": 3e-3, "beta2": 0.98},
+            "train": {
+                "steps": 12,
+                "global_batch": 12,
+                "micro_batch": 12,
+                "precision": "fp32",
+                "device": "cpu",
+                "threads": 1,
+            },
+            "evaluation": {"every": 4},
+            "checkpoint": {"every": 4},
+            "log": {"every": 100, "tensorboard": False},
+        }
+        for name, fields in sections.items():
+            values[name] = {**values.get(name, {}), **fields}
+        made = from_dict(Recipe, values)
+        check(made)
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(make, tmp_path_factory) -> Path:
+    """A run that has learnt the words that tell."""
+    from hotloop.engine.train.finetune import finetune
+
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    outcome, result = finetune(make(train={"steps": 120}, evaluation={"every": 20}, checkpoint={"every": 20}), folder)
+    assert outcome.reason == "finished"
+    assert result is not None
+    return folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hotloop.engine.data.batches import IGNORE_INDEX, Prefetcher
-from hotloop.engine.data.examples import ExampleSource, Frame, TextEncoder, in_order, lay_out, row_length
+from hotloop.engine.data.examples import ExampleSource, Frame, TextEncoder, framing, in_order, lay_out, row_length
 from hotloop.engine.data.tokenizer import train_tokenizer
 from hotloop.engine.errors import UserError
 
@@ -187,3 +187,15 @@ def test_the_prefetcher_serves_them(pieces):
             for ahead, direct in zip(batches, source.micro_batches(step, micro_batch=4), strict=True):
                 assert torch.equal(ahead.tokens, direct.tokens)
                 assert torch.equal(ahead.targets, direct.targets)
+
+
+def test_a_tokenizer_made_to_frame_texts(tokenizer):
+    from tokenizers import Tokenizer
+
+    framed = Tokenizer.from_str(framing(tokenizer, Frame((2,), (3,))))
+    plain = Tokenizer.from_str(tokenizer)
+    text = TEXTS[5]
+    assert framed.encode(text).ids == [2, *plain.encode(text).ids, 3]
+    assert framed.encode(text, add_special_tokens=False).ids == plain.encode(text).ids
+    assert framing(framed.to_str(), Frame((2,), (3,))) == framed.to_str()
+    assert Tokenizer.from_str(framing(tokenizer, Frame((), (5,)))).encode(text).ids == [*plain.encode(text).ids, 5]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hotloop.engine.commands.main import BAD_INPUT, main
 from hotloop.engine.config import ModelConfig
@@ -103,6 +103,47 @@ def test_a_bpe_whose_special_tokens_are_not_in_the_model_keeps_their_ids():
     added = new_tokens(old_json, new_json)  # raises where an old one moved
     assert min(added.values()) == end["id"] + 1
     assert Tokenizer.from_str(new_json).id_to_token(end["id"]) == end["content"]
+
+
+def like_llama_2() -> str:
+    """Characters, not bytes; spaces are ▁, no pre-tokenizer; what is unknown falls back to bytes."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<unk>", "</s>", *bytes_], show_progress=False)
+    made.train_from_iterator(GENERAL, trainer)
+    described = json.loads(made.to_str())
+    described["added_tokens"] = described["added_tokens"][:2]
+    described["pre_tokenizer"] = None
+    made = Tokenizer.from_str(json.dumps(described))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made.to_str()
+
+
+def like_qwen() -> str:
+    described = json.loads(general("bpe"))
+    split = {"type": "Split", "pattern": {"Regex": r" ?[a-z]+|\s+|[^\sa-z]"}, "behavior": "Isolated", "invert": False}
+    bytes_ = {**described["pre_tokenizer"], "use_regex": False}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_]}
+    return json.dumps(described)
+
+
+@pytest.mark.parametrize("old_json", [like_llama_2(), like_qwen()], ids=["llama 2", "qwen"])
+def test_tokenizers_of_the_families(old_json):
+    strange = ["日本語 日本語 日本語", "naïve Ωmega — ω" * 3]
+    texts = [*jargon(60), *strange * 5]
+    new_json = extend_tokenizer(old_json, texts, 40)
+    old, new = Tokenizer.from_str(old_json), Tokenizer.from_str(new_json)
+    assert len(new_tokens(old_json, new_json)) == 40
+    for text in [*jargon(10, 3), *strange, *GENERAL]:
+        a, b = (t.encode(text, add_special_tokens=False).ids for t in (old, new))
+        assert new.decode(b) == old.decode(a)
+        assert len(b) <= len(a)
+    n_old, n_new = (sum(len(t.encode(x, add_special_tokens=False).ids) for x in jargon(20, 1)) for t in (old, new))
+    assert n_new < 0.75 * n_old
 
 
 def test_too_little_text_gives_fewer_tokens():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import subprocess
+import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -238,3 +242,29 @@ def test_singletons_are_drawn_anywhere():
     places = np.concatenate([np.flatnonzero(stratified_order(strata, seed) == 0) for seed in range(200)])
     assert 120 < places.mean() < 280
     assert places.std() > 80
+
+
+def test_the_sentiment_example_reads_the_archive_inside_the_archive(tmp_path):
+    script = Path(__file__).resolve().parents[2] / "examples" / "sentiment.py"
+    snippets = "1\t2.5\tGood.\n2\t-0.6\tEffective but too tepid biopic\n3\t0.5\tSo so.\n4\t-0.4\tMeh.\n"
+    inner = tarball({"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": snippets.encode()})
+    archive, out = tmp_path / "vader.tar.gz", tmp_path / "data" / "reviews.jsonl"
+    archive.write_bytes(tarball({"vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
+    subprocess.run([sys.executable, str(script), str(archive), str(out)], check=True, capture_output=True)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"id": 1, "text": "Good.", "label": "positive"},
+        {"id": 2, "text": "Effective but too tepid biopic", "label": "negative"},
+    ]
+    again = subprocess.run([sys.executable, str(script), str(archive), str(out)], check=False, capture_output=True)
+    assert again.returncode == 1
+    assert b"exists" in again.stderr
+
+
+def tarball(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()

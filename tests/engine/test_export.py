@@ -103,7 +103,10 @@ def checkpoint(folder, name: str, **changes: object) -> transformers.PreTrainedM
         (
             "BertForSequenceClassification",
             "AutoModelForSequenceClassification",
-            {"id2label": {0: "so", 1: "la", 2: "ti"}},
+            {
+                "id2label": {0: "so", 1: "la", 2: "ti"},
+                "problem_type": "multi_label_classification",
+            },
         ),
         ("BertModel", "AutoModel", {}),
     ],
@@ -123,6 +126,7 @@ def test_a_checkpoint_goes_through(tmp_path, capsys, name, auto, changes):
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     torch.testing.assert_close(again(**inputs)[0], peer(**inputs)[0], rtol=0, atol=1e-5)
     if "id2label" in changes:
+        assert again.config.problem_type == changes["problem_type"]
         assert again.config.id2label == changes["id2label"]
         assert read_initial(tmp_path / "out", n_labels=None).labels == ("so", "la", "ti")
 

@@ -209,6 +209,29 @@ def test_shards_older_names_and_bodies_load(tmp_path):
         assert torch.equal(found[name], expected[name]), name
 
 
+def test_gpt2_as_its_first_files_were_loads(tmp_path):
+    """Without a prefix, and with the causal mask as a buffer."""
+    peer_of("gpt2").save_pretrained(tmp_path)
+    expected = load_pretrained(tmp_path).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    older = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**older, "h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
+    found = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_modernbert_as_its_first_files_were_loads(tmp_path):
+    """One number for which layers are global, and the two bases by names of their own."""
+    peer_of("modernbert masked").save_pretrained(tmp_path)
+    expected = load_pretrained(tmp_path).config
+    values = json.loads((tmp_path / "config.json").read_text())
+    older = {name: value for name, value in values.items() if name not in ("layer_types", "rope_parameters")}
+    older.update(global_attn_every_n_layers=3, global_rope_theta=160_000.0, local_rope_theta=10_000.0)
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert load_pretrained(tmp_path).config == expected
+    assert (expected.rope_theta, expected.local_rope_theta, expected.global_every) == (160_000.0, 10_000.0, 3)
+
+
 def test_what_the_architecture_does_not_say_the_tensors_do(tmp_path):
     for case in ("bert", "bert masked", "bert classifier", "modernbert masked", "llama classifier", "gpt2"):
         folder = tmp_path / case
@@ -237,6 +260,7 @@ def llama(tmp_path_factory) -> Path:
         ("attention_dropout = 0.5", {"attention_dropout": 0.5}),
         ("rope type 'yarn'", {"rope_parameters": {"rope_type": "yarn"}}),
         ("rope type 'linear'", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}),
+        ("heads of 4: the attention kernels need a multiple of 8", {"num_attention_heads": 8, "head_dim": 4}),
         ("layer_types = .*sliding", {"layer_types": ["sliding_attention"] * 4}),
         (r"q_proj.weight: shape \(32, 32\), expected \(64, 32\)", {"head_dim": 16}),
         (r"mlp.gate_proj.weight: shape \(72, 32\), expected \(80, 32\)", {"intermediate_size": 80}),

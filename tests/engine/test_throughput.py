@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,6 +33,10 @@ CONFIGS = {
         norm="layer", bias=True, tied_head=False,
     ),
     "encoder": ModelConfig(context=12, vocab_size=65, n_layers=1, d_model=24, n_heads=3, d_ff=40, causal=False),
+    "qwen3": ModelConfig(context=12, vocab_size=70, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, head_dim=16),
+    "modernbert": ModelConfig(
+        context=12, vocab_size=70, n_layers=2, d_model=32, n_heads=4, activation="geglu", causal=False, head="masked",
+    ),
 }  # fmt: skip
 
 
@@ -41,9 +46,9 @@ def counted_flops(config: ModelConfig, lengths: list[int], *, masked: bool) -> i
     Unmasked attention is one product over the whole pack. Masked, every query meets just the keys that it may see, one
     small product each: slow, and independent of the formula.
     """
-    D, C, T = config.d_model, config.d_model // config.n_heads, sum(lengths)
+    D, C, T = config.d_model, config.head_dim or config.d_model // config.n_heads, sum(lengths)
     H, Hk = config.n_heads, config.n_kv_heads or config.n_heads
-    gated = config.activation == "swiglu"
+    gated = config.activation in ("swiglu", "geglu")
     width = config.d_ff or (64 * -(-8 * D // (3 * 64)) if gated else 4 * D)
     assert config.vocab_size is not None
     embedding = torch.randn(config.vocab_size, D, requires_grad=True)
@@ -72,11 +77,13 @@ def counted_flops(config: ModelConfig, lengths: list[int], *, masked: bool) -> i
             q = linear(h, H * C).view(T, H, C).transpose(0, 1)
             k, v = (linear(h, Hk * C).view(T, Hk, C).transpose(0, 1) for _ in range(2))
             o = attention(q, k.repeat_interleave(H // Hk, 0), v.repeat_interleave(H // Hk, 0))
-            x = x + linear(o.transpose(0, 1).reshape(T, D), D)
+            x = x + linear(o.transpose(0, 1).reshape(T, H * C), D)
             h = F.rms_norm(x, (D,))
             up = F.silu(linear(h, width)) * linear(h, width) if gated else F.gelu(linear(h, width))
             x = x + linear(up, D)
-        (F.rms_norm(x, (D,)) @ embedding.mT).logsumexp(-1).sum().backward()
+        h = F.rms_norm(x, (D,))
+        h = linear(h, D) if config.head == "masked" else h
+        (h @ embedding.mT).logsumexp(-1).sum().backward()
     return counter.get_total_flops()
 
 
@@ -88,8 +95,11 @@ def test_palm_flops_are_those_of_full_attention(name: str) -> None:
     assert step_flops(config, 27, context=9).palm == 3 * counted_flops(config, [9], masked=False)
 
 
-@pytest.mark.parametrize("lengths", [[12], [1, 7, 4], [1] * 12, [3, 3]])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [(name, lengths) for name in ("llama", "gpt2", "encoder") for lengths in ([12], [1, 7, 4], [1] * 12, [3, 3])]
+    + [(name, [1, 7, 4]) for name in ("qwen3", "modernbert")],  # the masks are those of the others
+)
 def test_exact_flops_are_those_that_the_masks_leave(name: str, lengths: list[int]) -> None:
     config = CONFIGS[name]
     squares = sum(n * n for n in lengths)
@@ -97,6 +107,22 @@ def test_exact_flops_are_those_that_the_masks_leave(name: str, lengths: list[int
     assert flops.exact == counted_flops(config, lengths, masked=True)
     assert flops.exact <= step_flops(config, sum(lengths)).exact  # without the lengths: a bound
     assert step_flops(config, 12).exact == counted_flops(config, [12], masked=True)
+
+
+def test_local_layers_and_the_head_count_what_they_see() -> None:
+    """A local layer: at most the window a token. A masked model's head: the hidden tokens only."""
+    config = CONFIGS["modernbert"]
+    whole, local = (step_flops(c, 24, sum_squares=2 * 12**2) for c in (config, replace(config, local_window=2)))
+    assert whole.exact == local.exact  # every layer is global
+    local = step_flops(replace(config, local_window=2, global_every=2), 24, sum_squares=2 * 12**2)
+    pairs = sum(len(range(max(0, i - 2), min(12, i + 3))) for i in range(12)) * 2
+    saved = 12 * 32 * (2 * 12**2 - pairs)
+    assert 0 < whole.exact - local.exact <= saved  # a bound: the ends of a piece see less
+    hidden = step_flops(config, 24, sum_squares=2 * 12**2, head_tokens=5)
+    assert whole.exact - hidden.exact == 6 * (70 * 32 + 32 * 32) * 19
+    rates = Throughput(config, torch.float32, "cpu", context=12)
+    row = rates.of_step(0.5, tokens=24, supervised=5, positions=24, sum_squares=2 * 12**2)
+    assert row["mfu"] == pytest.approx(hidden.exact / (0.5 * rates.peak.rate))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
