@@ -175,8 +175,7 @@ def _read_pools(config: LabelsConfig) -> tuple[dict[str, _Pool], Counts]:
     for split in reversed(SPLITS):
         pool = pools[split] = _Pool()
         for text, names, where in zip(*vars(waiting[split]).values(), strict=True):
-            key = blake2b(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            first_split, first_names = seen.setdefault(key, (split, names))
+            first_split, first_names = seen.setdefault(_key(text), (split, names))
             conflicts += set(first_names) != set(names)
             if first_split == split:
                 pool.append(text, names, where)
@@ -187,10 +186,15 @@ def _read_pools(config: LabelsConfig) -> tuple[dict[str, _Pool], Counts]:
     return pools, Counts(duplicates_across=across, duplicates_within=within, conflicts=conflicts)
 
 
+def _key(text: str) -> bytes:
+    """The same for equal texts, whatever their case and the width of their spaces."""
+    return blake2b(" ".join(text.split()).casefold().encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def _distinct(pool: _Pool) -> tuple[_Pool, int]:
-    first: dict[str, int] = {}
+    first: dict[bytes, int] = {}
     for i, text in enumerate(pool.texts):
-        first.setdefault(" ".join(text.split()).casefold(), i)
+        first.setdefault(_key(text), i)
     return pool.take(np.array(list(first.values()), dtype=np.int64)), len(pool.texts) - len(first)
 
 
