@@ -37,7 +37,7 @@ def checkout(tmp_path_factory) -> Path:
 
 def test_the_commands_run_in_order(checkout):
     own = [command for command in COMMANDS if not command.startswith("make ")]
-    assert len(own) == 6
+    assert len(own) == 7
     for command in own:
         program, *arguments = command.split(" ", 1)
         program = str(Path(sys.executable).with_name(Path(program).name))
