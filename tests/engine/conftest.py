@@ -16,6 +16,16 @@ from hotloop.engine.recipe import check, from_dict
 WORDS = ["the", "a", "loss", "token", "model", "step", "gradient", "batch", "data", "learns", "adds", "scales", "falls"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """`train.threads` is of the whole process: the next module gets it as this one did."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def write_documents(folder: Path, n: int, seed: int = 0) -> Path:
     """Sentences of few words, unlike each other: every other document is of a line, the rest of up to 400 words."""
     draw = random.Random(seed)

@@ -61,14 +61,6 @@ class Said(NamedTuple):
 Hotloop = Callable[..., Said]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """`train.threads` is of the whole process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def hotloop(capfd: pytest.CaptureFixture[str]) -> Hotloop:
     """hotloop("eval", "run") -> exit code and what was printed, without a new process."""
