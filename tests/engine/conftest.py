@@ -16,14 +16,21 @@ from hotloop.engine.recipe import check, from_dict
 WORDS = ["the", "a", "loss", "token", "model", "step", "gradient", "batch", "data", "learns", "adds", "scales", "falls"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """`train.threads` is of the whole process: the next module gets it as this one did."""
+@pytest.fixture(scope="session", autouse=True)
+def threads_at_first() -> int:
     import torch
 
-    before = torch.get_num_threads()
+    return torch.get_num_threads()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(threads_at_first: int):
+    """`train.threads` is of the whole process: every module begins with what the first one had."""
+    import torch
+
+    torch.set_num_threads(threads_at_first)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads_at_first)
 
 
 def write_documents(folder: Path, n: int, seed: int = 0) -> Path:
