@@ -1,5 +1,5 @@
 """The encoder's cases of bench_train_step.py: a step of masked language modelling and one of classification with BERT
-of 6 layers x 384, on 8 documents of 8 to 512 tokens, 120 on average.
+of 6 layers x 384, on 16 documents of 8 to 512 tokens, 120 on average.
 
 Ours packs the documents into rows of 512 and isolates them; the others pad them to the longest, as is the custom, with
 `transformers` (its own attention, and SDPA) and in plain PyTorch. `gather` selects the masked positions before the
@@ -27,7 +27,7 @@ from hotloop.engine.objectives.classification import ClassificationObjective
 from hotloop.engine.objectives.masked import MaskedObjective
 from hotloop.engine.recipe import from_dict, to_dict
 from hotloop.engine.train.distributed import Ranks
-from hotloop.engine.train.throughput import matmul_parameters
+from hotloop.engine.train.throughput import step_flops
 from hotloop.engine.train.training import Training
 
 from harness.case import Case, Provider, agrees_with
@@ -35,10 +35,11 @@ from harness.measure import device
 from peers.plain_bert import PlainClassifier, PlainMasked, renamed
 from peers.plain_gpt import PlainStep
 
-LAYERS, D, HEADS, VOCAB, CONTEXT, DOCUMENTS, MEAN = 6, 384, 12, 30_522, 512, 8, 120
+LAYERS, D, HEADS, VOCAB, CONTEXT, DOCUMENTS, MEAN = 6, 384, 12, 30_522, 512, 16, 120
 RATE, LABELS, LR = 0.15, 2, 1e-4
 STEPS_OF_GATE = 2
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # of each loss, relative
+# Of each loss, relative. In bf16 transformers rounds the loss itself, by up to 2^-9, and its parts before.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2**-7}
 
 
 @cache
@@ -209,16 +210,8 @@ def providers(job: str, precision: str, modes: tuple[str, ...]) -> dict[str, Cal
     return found
 
 
-def flops(job: str) -> float:
-    """Of a step without padding: the head sees the masked positions, or one position a text."""
-    config, n = weights(job).config, int(lengths().sum())
-    body = matmul_parameters(config) - VOCAB * D
-    head = n_masked() * (VOCAB * D + D * D) if job == "masked" else DOCUMENTS * D * D
-    return 6 * (body * n + head) + 12 * LAYERS * D * float(np.square(lengths()).sum())
-
-
 def case_of(job: str, precision: str, modes: tuple[str, ...]) -> Case:
-    n = int(lengths().sum())
+    n, squares = int(lengths().sum()), int(np.square(lengths()).sum())
     longest = int(lengths().max())
     supervised = {"masked": n_masked(), "classification": DOCUMENTS}[job]
     peers = ("transformers, eager attention", "transformers, sdpa attention", "plain eager", "plain gather eager")
@@ -233,7 +226,7 @@ def case_of(job: str, precision: str, modes: tuple[str, ...]) -> Case:
         },
         providers=lambda: providers(job, precision, modes),
         gate=agrees_with("plain eager", TOLERANCE[precision]), pairs=tuple(pairs), memory=True,
-        work=flops(job), unit="FLOP", dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        work=step_flops(weights(job).config, n, sum_squares=squares, head_tokens=n_masked()).exact, unit="FLOP", dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         counted={"tokens": n, "documents": DOCUMENTS},
     )  # fmt: skip
 
