@@ -213,6 +213,7 @@ def providers(job: str, precision: str, modes: tuple[str, ...]) -> dict[str, Cal
 def case_of(job: str, precision: str, modes: tuple[str, ...]) -> Case:
     n, squares = int(lengths().sum()), int(np.square(lengths()).sum())
     longest = int(lengths().max())
+    flops = step_flops(weights(job).config, n, sum_squares=squares, head_tokens=n_masked())
     supervised = {"masked": n_masked(), "classification": DOCUMENTS}[job]
     peers = ("transformers, eager attention", "transformers, sdpa attention", "plain eager", "plain gather eager")
     pairs = [("hotloop eager", peer) for peer in peers]
@@ -226,7 +227,7 @@ def case_of(job: str, precision: str, modes: tuple[str, ...]) -> Case:
         },
         providers=lambda: providers(job, precision, modes),
         gate=agrees_with("plain eager", TOLERANCE[precision]), pairs=tuple(pairs), memory=True,
-        work=step_flops(weights(job).config, n, sum_squares=squares, head_tokens=n_masked()).exact, unit="FLOP", dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        work=flops.exact, unit="FLOP", dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         counted={"tokens": n, "documents": DOCUMENTS},
     )  # fmt: skip
 
